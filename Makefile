@@ -1,0 +1,43 @@
+# make demo, make test: each does its own set-up. Variables: VENV, PYTHON, TORCH, MAML_EXT_BUILD (see setup.py), ARGS.
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed-$(or $(MAML_EXT_BUILD),auto)
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: help install test demo benchmark doctor wheel clean
+
+help:
+	@echo "make install | test | demo | benchmark | doctor | wheel | clean      (ARGS='...' is passed on)"
+
+install: $(STAMP)
+
+# Editable, so that the repository's own folders find the compiled part beside the sources. torch first: what
+# depends on it must not choose another.
+$(STAMP): $(SOURCES)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel ninja pybind11
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[demo,test,benchmark]"
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+test: install
+	$(PY) -m pytest $(ARGS)
+
+demo: install
+	$(PY) -m examples.demo $(ARGS)
+
+benchmark: install
+	$(PY) -m benchmarks $(ARGS)
+
+doctor: install
+	$(PY) -m maml_ext doctor
+
+wheel: install
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir out/wheels .
+
+clean:
+	rm -rf $(VENV) build out *.egg-info maml_ext/_C*.so

@@ -1,0 +1,46 @@
+// The SGD update and the gradient of its learning rates, on raw pointers. Callers split the work over threads.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace maml_ext {
+
+// `rows` runs of `size` consecutive elements, `pitch` apart, with either one rate for all of them or `size` rates
+// that every row shares. A flat [T, P] with a rate per tensor is n segments of T rows; a list is a segment a tensor.
+template <class scalar>
+struct Segment {
+  const scalar* first;  // theta (sgd_update; null: zeros) or cotangent (sgd_rate_gradient)
+  const scalar* grad;
+  const scalar* lr;
+  scalar* out;  // sgd_update: laid out like grad; sgd_rate_gradient: like lr
+  int64_t rows, size, pitch;
+  bool per_parameter;
+
+  int64_t elements() const { return rows * size; }
+};
+
+// out = first - lr * grad for the elements [begin, end) of all segments in a row.
+// Moves 3 scalars an element (2 where first is null), each once.
+template <class scalar>
+void sgd_update(const std::vector<Segment<scalar>>& segments, int64_t begin, int64_t end);
+
+// Some columns of a segment, over all its rows: the unit of work of sgd_rate_gradient.
+struct Tile {
+  int64_t segment, begin, end;
+  double sum;
+};
+
+// The tiles do not depend on the number of threads, so neither do the bits of the result.
+template <class scalar>
+std::vector<Tile> tiles_of(const std::vector<Segment<scalar>>& segments);
+
+// out = - sum of first * grad: over rows, and over columns where one rate is for all. Sums are in double.
+// First all tiles (in any order, any split), then one call of finish. Moves 2 scalars an element, each once.
+template <class scalar>
+void sgd_rate_gradient(const std::vector<Segment<scalar>>& segments, std::vector<Tile>& tiles, int64_t begin,
+                       int64_t end);
+template <class scalar>
+void finish_rate_gradient(const std::vector<Segment<scalar>>& segments, const std::vector<Tile>& tiles);
+
+}  // namespace maml_ext

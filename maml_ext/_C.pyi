@@ -1,0 +1,1 @@
+# Importing this module registers the compiled kernels with torch.ops.maml_ext. It has no members.

@@ -1,0 +1,108 @@
+"""What is installed, which engines can run here, and whether each computes the right meta-gradient.
+
+Its output is meant to be pasted into a bug report: it names versions and errors, no paths.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import maml_ext
+
+from .ops import library
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+def doctor() -> int:
+    """Print the report; return 0 where everything that can run is right, else 1."""
+    print(f"maml_ext   {maml_ext.__version__}")
+    print(f"python     {platform.python_version()}, {platform.system()} {platform.machine()}")
+    print(f"torch      {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    print(f"cuda       {_cuda()}")
+    print(f"compiled   {_compiled()}")
+    print()
+    failed = 0
+    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    for device in devices:
+        for dtype, tolerance in TOLERANCE.items():
+            for name, check in CHECKS.items():
+                try:
+                    error = check(device, dtype)
+                    verdict = f"{'ok    ' if error <= tolerance else 'WRONG '} error {error:.1e}, at most {tolerance:.0e}"
+                    failed += not error <= tolerance
+                except Exception as problem:  # a broken engine must not hide the others
+                    verdict = f"FAILED {type(problem).__name__}: {problem}"
+                    failed += 1
+                print(f"{name:32} {device:7} {str(dtype).removeprefix('torch.'):8} {verdict}")
+    return 1 if failed else 0
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return "this torch is built without it"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{torch.version.cuda}, {', '.join(names) or 'no device'} (no CUDA kernels here yet: the torch engine runs)"
+
+
+def _compiled() -> str:
+    if library.ABSENT:
+        return f"absent: {library.ABSENT}"
+    return "CPU kernels for float32 and float64 (sgd_update), stable ABI of torch 2.10 and later"
+
+
+def _meta_gradient(meta_gradient: str) -> Callable:
+    def check(device: str, dtype: torch.dtype) -> float:
+        """Relative error of the gradient against ``create_graph=True`` in float64."""
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+        data = [torch.randn(4, 5, width, dtype=torch.float64) for width in (3, 2, 3, 2)]
+        expected = _plain_loop(net, *data, lr=0.1, steps=3, create_graph=meta_gradient == "exact")
+        net.to(device, dtype)
+        maml = maml_ext.MAML(net, lr=0.1, steps=3, meta_gradient=meta_gradient, reduction="mean")
+        loss = maml(*(d.to(device, dtype) for d in data))
+        return _error(torch.autograd.grad(loss, list(net.parameters())), expected)
+
+    return check
+
+
+def _update(device: str, dtype: torch.dtype) -> float:
+    """Relative error of the update and its three gradients against their formulas in float64."""
+    torch.manual_seed(0)
+    theta, grad, cotangent = torch.randn(3, 7, 1003, dtype=torch.float64)
+    lr = torch.rand(1003, dtype=torch.float64)
+    expected = theta - lr * grad, cotangent, -lr * cotangent, -(cotangent * grad).sum(0)
+    arguments = [x.to(device, dtype).requires_grad_() for x in (theta, grad, lr)]
+    result = maml_ext.sgd_update(*arguments)
+    return _error((result, *torch.autograd.grad(result, arguments, cotangent.to(device, dtype))), expected)
+
+
+CHECKS = {
+    "meta-gradient, torch engine": _meta_gradient("exact"),
+    "first-order, torch engine": _meta_gradient("first_order"),
+    "sgd_update, compiled" if library.ABSENT is None else "sgd_update, formula": _update,
+}
+
+
+def _plain_loop(net, support_x, support_y, query_x, query_y, lr, steps, create_graph) -> tuple[Tensor, ...]:
+    """What everyone writes first; shares nothing with the engines."""
+    parameters = dict(net.named_parameters())
+    total = 0
+    for sx, sy, qx, qy in zip(support_x, support_y, query_x, query_y):
+        weights = parameters
+        for _ in range(steps):
+            loss = (functional_call(net, weights, (sx,)) - sy).square().mean()
+            gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=create_graph)
+            weights = {name: w - lr * g for (name, w), g in zip(weights.items(), gradients)}
+        total = total + (functional_call(net, weights, (qx,)) - qy).square().mean() / len(support_x)
+    return torch.autograd.grad(total, list(parameters.values()))
+
+
+def _error(actual, expected) -> float:
+    difference = torch.cat([(a.detach().cpu().double() - e).flatten() for a, e in zip(actual, expected)])
+    return float(difference.norm() / torch.cat([e.flatten() for e in expected]).norm())

@@ -1,0 +1,189 @@
+"""``MAML``: a network that adapts to batches of tasks, and the adapted tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, losses
+from .plan import BACKENDS, plan
+from .rates import check_rate
+from .stateless import Layout
+
+REDUCTIONS = ("none", "mean")
+
+
+class MAML(nn.Module):
+    """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017) of the parameters of ``module``.
+
+    Calling it adapts a copy of the parameters to every task by ``steps`` steps of gradient descent on the
+    support loss and returns the query losses; their backward pass gives ``module``'s parameters the exact
+    meta-gradient.
+
+    Args:
+        module: any ``nn.Module``; its trainable parameters are the meta-parameters. Frozen ones
+            (``requires_grad=False``) are neither adapted nor given gradients. Buffers are the same for every
+            task and left as they are. In training mode batch norm uses the statistics of the batch and leaves
+            the running ones alone, and dropout draws masks anew for every task and step; in eval mode both do
+            what they do anywhere.
+        lr: inner learning rate alpha: a float or a tensor, scalar, ``[n]`` (one a parameter tensor), ``[P]``
+            (one a parameter), or with a leading dimension of steps. A tensor that requires grad receives its
+            gradient; an ``nn.Parameter`` becomes a parameter of this module, any other tensor a buffer.
+        steps: number K of inner steps, 0 or more.
+        loss: "mse", "huber", "cross_entropy", "bce_with_logits", or a callable (prediction, target) of one task
+            -> scalar.
+        meta_gradient: "exact", or "first_order": the backward pass holds every inner gradient constant, and
+            nothing else changes (learning rates still get their gradient).
+        reduction: "none": losses ``[T]``; "mean": their mean.
+        backend: "auto" picks the fastest engine, "torch" the reference; "compiled" raises where no compiled
+            engine can run.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        lr: float | Tensor = 0.01,
+        steps: int = 1,
+        loss: str | Callable = "mse",
+        meta_gradient: str = "exact",
+        reduction: str = "none",
+        backend: str = "auto",
+    ):
+        super().__init__()
+        layout = Layout(functional.check_module(module))
+        functional.check_steps(steps)
+        losses.resolve(loss)
+        functional.check_choice("meta_gradient", meta_gradient, functional.META_GRADIENTS)
+        functional.check_choice("reduction", reduction, REDUCTIONS)
+        functional.check_choice("backend", backend, BACKENDS)
+        check_rate(functional.as_rate(lr, next(iter(layout.parameters.values()))), layout.sizes, steps)
+        if isinstance(lr, Tensor) and not lr.is_leaf:
+            raise ValueError(
+                "lr: expected a leaf tensor, got the result of a computation, which could be differentiated once "
+                "only; use maml_ext.inner_loop with a rate computed anew in every iteration"
+            )
+        self.module = module
+        if isinstance(lr, Tensor) and not isinstance(lr, nn.Parameter):
+            self.register_buffer("lr", lr)
+        else:
+            self.lr = lr
+        self.steps = steps
+        self.loss = loss
+        self.meta_gradient = meta_gradient
+        self.reduction = reduction
+        self.backend = backend
+
+    def adapt(self, support_x: Tensor | tuple, support_y, *, steps: int | None = None) -> AdaptedTasks:
+        """Adapt to every task: ``support_x``, ``support_y`` are ``[T, N, ...]``; differentiable.
+
+        ``steps`` takes another number of steps for this call (training with 1 and testing with 10, say).
+        Under ``torch.no_grad()`` it adapts all the same, and records nothing.
+        """
+        thetas = functional.inner_loop(
+            self.module,
+            functional.flatten(self.module),
+            support_x,
+            support_y,
+            lr=self.lr,
+            steps=self.steps if steps is None else steps,
+            loss=self.loss,
+            meta_gradient=self.meta_gradient,
+            backend=self.backend,
+        )
+        return AdaptedTasks(self, thetas)
+
+    def forward(self, support_x, support_y, query_x, query_y, *, steps: int | None = None) -> Tensor:
+        """Adapt to the support sets, return the losses on the query sets: ``[T]``, or their mean."""
+        return self.adapt(support_x, support_y, steps=steps).loss(query_x, query_y)
+
+    def explain(self, support_x, support_y) -> Explanation:
+        """What runs for such a support set, and why: ``.engine``, ``.reasons``, and a report as ``str()``."""
+        layout = Layout(self.module)
+        theta = layout.flatten().detach()
+        names = ("support_x", "support_y")
+        tasks = functional.check_data(names, support_x, support_y, theta, named_loss=isinstance(self.loss, str))
+        chosen = plan(self.module, layout, theta, support_x, support_y, self.loss, self.backend, names)
+        kept = self.steps * tasks * layout.size * theta.element_size()
+        lines = [
+            f"engine         {chosen.engine}",
+            f"tasks          {tasks}, {'all at once (torch.vmap)' if chosen.vmapped else 'one after another'}",
+            f"inner loop     {self.steps} steps on {layout.size:,} parameters ({len(layout.sizes)} tensors)",
+            f"meta-gradient  {self.meta_gradient}: {self._meta_gradient_cost()}",
+            f"kept           theta_1 .. theta_{self.steps}, {kept / 2**20:.1f} MiB" if self.steps else "kept           nothing",
+            *(f"because        {reason}" for reason in chosen.reasons),
+        ]
+        return Explanation(chosen.engine, list(chosen.reasons), "\n".join(lines))
+
+    def _meta_gradient_cost(self) -> str:
+        if self.meta_gradient == "exact":
+            return f"{self.steps} Hessian-vector products a task, reverse over reverse"
+        return "no second derivatives"
+
+    def extra_repr(self) -> str:
+        lr = self.lr if isinstance(self.lr, float) else f"tensor {list(self.lr.shape)}"
+        loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", type(self.loss).__name__)
+        return f"lr={lr}, steps={self.steps}, loss={loss}, meta_gradient={self.meta_gradient}, backend={self.backend}"
+
+
+class AdaptedTasks:
+    """The networks of a batch of tasks after adaptation, differentiable in everything that adapted them."""
+
+    def __init__(self, maml: MAML, thetas: tuple[Tensor, ...]):
+        self._maml = maml
+        self._thetas = thetas
+
+    def __len__(self) -> int:
+        return self._thetas[-1].shape[0]
+
+    @property
+    def steps(self) -> int:
+        """How many inner steps these tasks have taken."""
+        return len(self._thetas) - 1
+
+    def after(self, steps: int) -> AdaptedTasks:
+        """The same tasks as they were after fewer steps (0: before adaptation)."""
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= self.steps:
+            raise ValueError(f"steps: expected 0 to {self.steps}, the steps that were taken, got {steps!r}")
+        return AdaptedTasks(self._maml, self._thetas[: steps + 1])
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The adapted parameters by name, each ``[T, *shape]``."""
+        return functional.unflatten(self._maml.module, self._thetas[-1])
+
+    def __call__(self, x: Tensor | tuple) -> Tensor:
+        """Predictions of every task's own network on its own ``x``: ``[T, Q, ...]`` -> ``[T, Q, ...]``."""
+        return functional.network(
+            self._maml.module, self._thetas[-1], x, backend=self._maml.backend, names=("query_x", "query_y")
+        )
+
+    def loss(self, query_x: Tensor | tuple, query_y) -> Tensor:
+        """Query losses ``[T]``, or their mean where the MAML has ``reduction="mean"``."""
+        result = functional.task_loss(
+            self._maml.module,
+            self._thetas[-1],
+            query_x,
+            query_y,
+            loss=self._maml.loss,
+            backend=self._maml.backend,
+            names=("query_x", "query_y"),
+        )
+        return result.mean() if self._maml.reduction == "mean" else result
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``MAML.explain`` says: the engine's name, the reasons for every slower choice, the report."""
+
+    engine: str
+    reasons: list[str]
+    report: str
+
+    def __str__(self) -> str:
+        return self.report

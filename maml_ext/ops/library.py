@@ -1,0 +1,54 @@
+"""The operator library ``torch.ops.maml_ext``: schemas and Python rules here, compiled kernels in ``_C``.
+
+Schemas are declared in Python, so that an installation without a compiler has the same operators; ``_C``
+only adds implementations for a device, which take precedence over the PyTorch formula.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+_library = torch.library.Library("maml_ext", "DEF")
+
+ABSENT: str | None  # why the compiled kernels are not there; None where they are
+try:
+    from .. import _C  # noqa: F401  (importing it registers the kernels)
+
+    ABSENT = None
+except ModuleNotFoundError:
+    ABSENT = "maml_ext was installed without its compiled part (no compiler, or MAML_EXT_BUILD=none)"
+except ImportError as error:
+    ABSENT = f"maml_ext._C does not load: {error}"
+
+_warned = False
+
+
+def warn_if_absent() -> None:
+    """Say once, at first use, that the compiled kernels are absent."""
+    global _warned
+    if ABSENT and not _warned:
+        _warned = True
+        warnings.warn(f"the compiled engines are absent, PyTorch formulas stand in: {ABSENT}", stacklevel=4)
+
+
+def define(schema: str, *, formula: Callable, fake: Callable, autograd: Callable, vmap: Callable) -> Callable:
+    """Define a differentiable operator ``maml_ext::<schema>`` and return it.
+
+    Args:
+        formula: what it computes, in PyTorch operators: for every device without a kernel of its own.
+        fake: the same for shapes only.
+        autograd: the operator through its ``autograd.Function``; installed for the raw operator too.
+            (An operator whose gradient comes from ``register_autograd`` alone returns silent zeros under
+            forward-mode differentiation.)
+        vmap: the batching rule, as for ``torch.library.register_vmap``.
+    """
+    _library.define(schema)
+    name = schema.split("(")[0]
+    _library.impl(name, formula, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"maml_ext::{name}", fake, lib=_library)
+    torch.library.register_vmap(f"maml_ext::{name}", vmap, lib=_library)
+    _library.impl(name, autograd, "Autograd")
+    return getattr(torch.ops.maml_ext, name)

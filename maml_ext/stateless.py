@@ -1,0 +1,71 @@
+"""Call a module as a function of its parameters, leaving no trace on it."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _NormBase
+
+
+@contextlib.contextmanager
+def stateless(module: nn.Module):
+    """While it lasts, ``module`` has second derivatives and no state that a forward pass changes.
+
+    - Batch and instance norm in training mode use batch statistics and leave the running ones alone
+      (updating them in place is also what vmap refuses).
+    - Attention runs on the MATH kernel, the only one with a second derivative on every device, and
+      the fused inference path of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` is off.
+    """
+    tracking = [m for m in module.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for m in tracking:
+            m.track_running_stats = False
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for m in tracking:
+            m.track_running_stats = True
+
+
+def call(module: nn.Module, parameters: dict[str, Tensor], x: Tensor | tuple) -> Tensor:
+    """``module(x)`` (``module(*x)`` for a tuple) with these parameters; buffers it writes are copies."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    return torch.func.functional_call(module, {**parameters, **buffers}, x)
+
+
+class Layout:
+    """Where each trainable parameter of a module lies in one flat vector ``[P]``.
+
+    A frozen parameter (``requires_grad=False``) is no part of it: it is neither adapted nor given a
+    gradient. A parameter that two modules share is in it once.
+    """
+
+    def __init__(self, module: nn.Module):
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError(
+                f"module: expected at least one parameter with requires_grad=True, "
+                f"{type(module).__name__} has {sum(1 for _ in module.parameters())} parameters, none of them trainable"
+            )
+        kinds = {(p.dtype, p.device) for p in trainable.values()}
+        if len(kinds) > 1 or not all(dtype.is_floating_point for dtype, _ in kinds):
+            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+            raise TypeError(f"module: expected trainable parameters of one real dtype on one device, found {found}")
+        self.parameters = trainable
+        self.shapes = [p.shape for p in trainable.values()]
+        self.sizes = [p.numel() for p in trainable.values()]
+        self.size = sum(self.sizes)
+
+    def flatten(self) -> Tensor:
+        return torch.cat([p.reshape(-1) for p in self.parameters.values()])
+
+    def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
+        pieces = theta.split(self.sizes, -1)
+        leading = theta.shape[:-1]
+        return {n: p.reshape(leading + s) for n, p, s in zip(self.parameters, pieces, self.shapes)}
