@@ -1,9 +1,10 @@
 """maml_ext: exact MAML meta-gradients on batches of tasks.
 
 ``MAML`` wraps a network; ``inner_loop``, ``network``, ``task_loss``, ``sgd_update``, ``hvp``, ``flatten`` and
-``unflatten`` are the pieces. The meta-gradient itself is computed in ``maml_ext/reference.py``.
+``unflatten`` are the pieces; ``data`` has tasks to try them on. The meta-gradient itself is computed in ``maml_ext/reference.py``.
 """
 
+from . import data
 from .functional import flatten, hvp, inner_loop, network, task_loss, unflatten
 from .maml import MAML, AdaptedTasks, Explanation
 from .ops import sgd_update
@@ -13,6 +14,7 @@ __all__ = [
     "MAML",
     "AdaptedTasks",
     "Explanation",
+    "data",
     "flatten",
     "hvp",
     "inner_loop",

@@ -162,7 +162,7 @@ def prepare(
     chosen = plan(module, layout, theta, x, y, loss, backend, names)
     data, spec = pytree.tree_flatten((x, y))
     scalar = losses.resolve(loss) if loss is not None else None
-    return Problem(module, layout, chosen.task_map(module), spec, scalar), chosen, data
+    return Problem(layout, chosen.task_map(module), spec, scalar), chosen, data
 
 
 def check_module(module: nn.Module) -> nn.Module:

@@ -24,6 +24,9 @@ BACKENDS = ("auto", "compiled", "torch")
 NO_COMPILED_ENGINE = (
     "no compiled engine for whole networks in this version: csrc/ holds the update maml_ext.sgd_update only"
 )
+# vmap turns convolutions with weights of their own for each task into grouped ones, which on a CPU cost more than
+# the overhead they save from about this many multiply-adds a task (measured: 4 blocks, 16 to 64 filters, 28 x 28).
+LARGE_CONVOLUTIONS = 10_000_000
 REMEMBERED = 64  # plans a module keeps: a loss written as a lambda inside a loop would fill the memory
 
 
@@ -99,18 +102,19 @@ def _examine(module, layout, theta, leaves, spec, loss, backend, names) -> Plan:
     reasons = [NO_COMPILED_ENGINE] if backend == "auto" else ["backend='torch' was asked for"]
 
     def problem(vmapped: bool) -> Problem:
-        return Problem(module, layout, TaskMap(module, vmapped, seed=0), spec, scalar)
+        return Problem(layout, TaskMap(module, vmapped, seed=0), spec, scalar)
 
     with stateless(module), torch.random.fork_rng(devices=[theta.device] if theta.is_cuda else []):
         with _Operators() as seen, torch.enable_grad():
             prediction = _try_one_task(problem(vmapped=False), theta, two, spec, loss, names)
 
     batching = [True, False]
-    if theta.device.type == "cpu" and seen.convolution and any(len(shape) > 2 for shape in layout.shapes):
+    own_filters = any(len(shape) > 2 for shape in layout.shapes)
+    if theta.device.type == "cpu" and own_filters and seen.convolved > LARGE_CONVOLUTIONS:
         batching = [False]
         reasons.append(
-            "tasks run one after another: on the CPU, convolutions with weights of their own for each task are "
-            "slower all at once (vmap makes grouped convolutions of them)"
+            f"tasks run one after another: {seen.convolved:,} multiply-adds of convolutions a task, with filters of "
+            f"their own, are slower all at once on a CPU (vmap makes grouped convolutions of them)"
         )
     attempts = [(order, vmapped) for order in (_second_derivative, _first_derivative) for vmapped in batching]
     for derivative, vmapped in attempts:
@@ -190,14 +194,17 @@ def _check_statistics(module: nn.Module) -> None:
 
 
 class _Operators(TorchDispatchMode):
-    """Notes whether what runs under it draws random numbers and whether it convolves."""
+    """Notes whether what runs under it draws random numbers, and counts multiply-adds of convolutions."""
 
-    random = convolution = False
+    random = False
+    convolved = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
         self.random |= torch.Tag.nondeterministic_seeded in func.tags
-        self.convolution |= func is torch.ops.aten.convolution.default
-        return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default:
+            self.convolved += result.numel() * args[1][0].numel()
+        return result
 
 
 def _first_line(error) -> str:

@@ -23,10 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import stateless
 from .per_task import Rule, TaskMap, per_task
 from .rates import expand_rate, rate_of_step, reduce_rate
 from .stateless import Layout
@@ -36,23 +35,22 @@ from .stateless import Layout
 class Problem:
     """A network and its loss as functions of one task: of flat parameters ``[P]`` and data ``[N, ...]``.
 
-    ``data`` are the tensors of ``(x,)`` or ``(x, y)`` in a row, ``spec`` how to put them together again.
+    ``data`` are the tensors of ``(x, y)`` in a row, ``spec`` how to put them together again.
     """
 
-    module: nn.Module
     layout: Layout
     tasks: TaskMap
     spec: pytree.TreeSpec
     loss: Callable | None = None
 
-    def predict(self, theta: Tensor, *data: Tensor, step: int = 0) -> Tensor:
-        self.tasks.reseed(step)
-        x = pytree.tree_unflatten(data, self.spec)[0]
-        return stateless.call(self.module, self.layout.unflatten(theta), x)
+    def predict(self, theta: Tensor, *data: Tensor) -> Tensor:
+        self.tasks.reseed(0)
+        return self.layout.call(theta, pytree.tree_unflatten(data, self.spec)[0])
 
     def value(self, theta: Tensor, *data: Tensor, step: int = 0) -> Tensor:
-        y = pytree.tree_unflatten(data, self.spec)[1]
-        return self.loss(self.predict(theta, *data, step=step), y)
+        self.tasks.reseed(step)
+        x, y = pytree.tree_unflatten(data, self.spec)
+        return self.loss(self.layout.call(theta, x), y)
 
     def gradient(self, theta: Tensor, *data: Tensor, step: int = 0) -> Tensor:
         value, pullback = self.tasks.vjp(lambda theta: self.value(theta, *data, step=step), theta)

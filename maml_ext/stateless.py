@@ -33,20 +33,15 @@ def stateless(module: nn.Module):
             m.track_running_stats = True
 
 
-def call(module: nn.Module, parameters: dict[str, Tensor], x: Tensor | tuple) -> Tensor:
-    """``module(x)`` (``module(*x)`` for a tuple) with these parameters; buffers it writes are copies."""
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    return torch.func.functional_call(module, {**parameters, **buffers}, x)
-
-
 class Layout:
-    """Where each trainable parameter of a module lies in one flat vector ``[P]``.
+    """A module as a function of one flat vector ``[P]``, and where each trainable parameter lies in it.
 
     A frozen parameter (``requires_grad=False``) is no part of it: it is neither adapted nor given a
     gradient. A parameter that two modules share is in it once.
     """
 
     def __init__(self, module: nn.Module):
+        self.module = module
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError(
@@ -61,6 +56,13 @@ class Layout:
         self.shapes = [p.shape for p in trainable.values()]
         self.sizes = [p.numel() for p in trainable.values()]
         self.size = sum(self.sizes)
+        first_name = {id(p): name for name, p in trainable.items()}
+        self._aliases = [
+            (name, first_name[id(p)])
+            for name, p in module.named_parameters(remove_duplicate=False)
+            if name not in trainable and p.requires_grad
+        ]
+        self._buffers = list(module.named_buffers(remove_duplicate=False))
 
     def flatten(self) -> Tensor:
         return torch.cat([p.reshape(-1) for p in self.parameters.values()])
@@ -69,3 +71,11 @@ class Layout:
         pieces = theta.split(self.sizes, -1)
         leading = theta.shape[:-1]
         return {n: p.reshape(leading + s) for n, p, s in zip(self.parameters, pieces, self.shapes)}
+
+    def call(self, theta: Tensor, x: Tensor | tuple) -> Tensor:
+        """``module(x)`` (``module(*x)`` for a tuple) with the parameters ``theta``; writes to buffers are lost."""
+        values = self.unflatten(theta)
+        values.update((alias, values[name]) for alias, name in self._aliases)
+        copies = {id(buffer): buffer.clone() for _, buffer in self._buffers}
+        values.update((name, copies[id(buffer)]) for name, buffer in self._buffers)
+        return torch.func.functional_call(self.module, values, x, tie_weights=False)

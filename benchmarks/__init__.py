@@ -1,0 +1,1 @@
+"""maml_ext beside its peers, interleaved in one run: `python -m benchmarks` in the repository root."""

@@ -1,0 +1,42 @@
+"""``python -m maml_ext doctor`` reports what runs here and fails where it computes the wrong thing."""
+
+import subprocess
+import sys
+
+import torch
+
+import maml_ext
+from maml_ext import doctor, reference
+
+
+def test_doctor_runs_from_the_command_line():
+    result = subprocess.run([sys.executable, "-m", "maml_ext", "doctor"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert maml_ext.__version__ in result.stdout and torch.__version__ in result.stdout
+    for name in doctor.CHECKS:
+        assert result.stdout.count(name) >= len(doctor.TOLERANCE)
+    assert "WRONG" not in result.stdout and "FAILED" not in result.stdout
+
+
+def test_doctor_reports_a_wrong_meta_gradient(monkeypatch, capsys):
+    """A recursion without its Hessian term is first-order MAML under the name of exact."""
+    vjp = reference.Problem.gradient_vjp
+
+    def without_hessian(self, *args):
+        gradient, pullback = vjp(self, *args)
+        return gradient, lambda v: tuple(torch.zeros_like(p) for p in pullback(v))
+
+    monkeypatch.setattr(reference.Problem, "gradient_vjp", without_hessian)
+    assert doctor.doctor() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "WRONG" in line] == [line for line in lines if line.startswith("meta-gradient")]
+
+
+def test_doctor_survives_an_engine_that_raises(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(reference, "expand_rate", broken)
+    assert doctor.doctor() == 1
+    out = capsys.readouterr().out
+    assert "FAILED RuntimeError: planted" in out and "sgd_update" in out
