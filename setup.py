@@ -10,11 +10,12 @@ The binary uses torch's stable ABI at target 2.10 and Python's limited API: one 
 """
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020a000000000000"  # 2.10
@@ -27,7 +28,7 @@ def extensions() -> list:
     compiler = get_cxx_compiler()
     if build == "none":
         return []
-    if not shutil.which(compiler):
+    if not shutil.which(shlex.split(compiler)[0]):
         if build == "cpu":
             raise SystemExit(f"MAML_EXT_BUILD=cpu: no C++ compiler found ({compiler}); set CXX or install one")
         print(f"maml_ext: no C++ compiler found ({compiler}): installing without compiled kernels")
@@ -39,7 +40,9 @@ def extensions() -> list:
             depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
             py_limited_api=True,
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
-            extra_compile_args=["-O3", "-std=c++17", "-Wall", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="],
+            # Paths of this machine get into error messages and debug information otherwise.
+            extra_compile_args=["-O3", "-std=c++17", "-Wall", "-fvisibility=hidden", "-g0"]
+            + [f"-ffile-prefix-map={path}/=" for path in (ROOT, *include_paths())],
         )
     ]
 

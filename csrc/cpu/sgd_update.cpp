@@ -4,7 +4,7 @@
 
 // The loops are built for three instruction sets and chosen at load time; plain functions only, so that nothing
 // compiled for AVX-512 can be what an older processor runs.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES
@@ -14,20 +14,12 @@
 namespace maml_ext {
 namespace {
 
-constexpr int64_t kTile = 1024;  // columns: 8 KiB of double accumulators, which stay in L1
+constexpr int64_t kTile = 4096;  // columns: 32 KiB of double accumulators, which stay in L1
 
 template <class scalar>
 INLINE void update_run(scalar* __restrict out, const scalar* theta, const scalar* grad, const scalar* lr,
                        bool per_parameter, int64_t n) {
-  const scalar rate = per_parameter ? scalar(0) : *lr;
-  if (theta && per_parameter)
-    for (int64_t i = 0; i < n; i++) out[i] = theta[i] - lr[i] * grad[i];
-  else if (theta)
-    for (int64_t i = 0; i < n; i++) out[i] = theta[i] - rate * grad[i];
-  else if (per_parameter)
-    for (int64_t i = 0; i < n; i++) out[i] = -lr[i] * grad[i];
-  else
-    for (int64_t i = 0; i < n; i++) out[i] = -rate * grad[i];
+  for (int64_t i = 0; i < n; i++) out[i] = (theta ? theta[i] : 0) - lr[per_parameter ? i : 0] * grad[i];
 }
 
 // sums[i] += a[i] * b[i], or sums[i % 8] where one sum is wanted: independent lanes that vectorise without
@@ -92,7 +84,8 @@ void sgd_rate_gradient(const std::vector<Segment<scalar>>& segments, std::vector
     Tile& tile = tiles[t];
     const auto& s = segments[tile.segment];
     const int64_t n = tile.end - tile.begin;
-    double sums[kTile] = {};
+    double sums[kTile];
+    std::fill_n(sums, s.per_parameter ? n : 8, 0.0);
     for (int64_t row = 0; row < s.rows; row++) {
       const int64_t at = row * s.pitch + tile.begin;
       accumulate(sums, s.first + at, s.grad + at, n, s.per_parameter);

@@ -1,5 +1,5 @@
 """Operators of ``torch.ops.maml_ext``, one file each: schema, formula, fake, Function, batching rule."""
 
-from .sgd_update import sgd_update
+from .sgd import sgd_update
 
 __all__ = ["sgd_update"]

@@ -6,6 +6,7 @@ only adds implementations for a device, which take precedence over the PyTorch f
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 
@@ -15,8 +16,7 @@ _library = torch.library.Library("maml_ext", "DEF")
 
 ABSENT: str | None  # why the compiled kernels are not there; None where they are
 try:
-    from .. import _C  # noqa: F401  (importing it registers the kernels)
-
+    importlib.import_module("maml_ext._C")  # which registers the kernels
     ABSENT = None
 except ModuleNotFoundError:
     ABSENT = "maml_ext was installed without its compiled part (no compiler, or MAML_EXT_BUILD=none)"
@@ -31,7 +31,7 @@ def warn_if_absent() -> None:
     global _warned
     if ABSENT and not _warned:
         _warned = True
-        warnings.warn(f"the compiled engines are absent, PyTorch formulas stand in: {ABSENT}", stacklevel=4)
+        warnings.warn(f"the compiled engines are absent, PyTorch formulas stand in: {ABSENT}", stacklevel=3)
 
 
 def define(schema: str, *, formula: Callable, fake: Callable, autograd: Callable, vmap: Callable) -> Callable:
