@@ -74,12 +74,14 @@ def inner_loop(
         ValueError, TypeError: naming the argument, before any work is done.
     """
     layout = Layout(check_module(module))
+    losses.resolve(loss)
     check_steps(steps)
     check_choice("meta_gradient", meta_gradient, META_GRADIENTS)
-    names = ("support_x", "support_y")
-    problem, chosen, data = prepare(module, layout, theta, support_x, support_y, loss, backend, names)
+    problem, chosen, theta, data = prepare(
+        module, layout, theta, support_x, support_y, loss, backend, ("support_x", "support_y")
+    )
     lr = as_rate(lr, theta)
-    check_rate(lr, layout.sizes, steps)
+    check_rate(lr, layout.sizes, steps, theta.dtype)
     exact = meta_gradient == "exact"
     if exact and steps and not chosen.twice and torch.is_grad_enabled():
         raise ValueError(
@@ -99,7 +101,7 @@ def network(
 ) -> Tensor:
     """Predictions ``[T, N, ...]`` of every task's network: ``module`` with parameters ``theta[t]`` on ``x[t]``."""
     layout = Layout(check_module(module))
-    problem, _, data = prepare(module, layout, theta, x, (), None, backend, names)
+    problem, _, theta, data = prepare(module, layout, theta, x, (), None, backend, names)
     return reference.network(problem, theta, data)
 
 
@@ -119,7 +121,8 @@ def task_loss(
     recomputes it differentiably. ``names`` are what x and y are called in errors.
     """
     layout = Layout(check_module(module))
-    problem, _, data = prepare(module, layout, theta, x, y, loss, backend, names)
+    losses.resolve(loss)
+    problem, _, theta, data = prepare(module, layout, theta, x, y, loss, backend, names)
     return reference.task_loss(problem, theta, data)
 
 
@@ -135,8 +138,10 @@ def hvp(
 ) -> Tensor:
     """Hessian-vector products ``[T, P]``: (d2 task_loss / d theta2) ``vector``, with vector ``[P]`` or ``[T, P]``."""
     layout = Layout(check_module(module))
-    problem, _, data = prepare(module, layout, theta, x, y, loss, backend, ("x", "y"))
-    _check_vector("vector", vector, layout, like=theta, tasks=data[0].shape[0])
+    losses.resolve(loss)
+    problem, _, theta, data = prepare(module, layout, theta, x, y, loss, backend, ("x", "y"))
+    _check_vector("vector", vector, layout, theta.dtype)
+    _check_tasks("vector", vector, layout, data[0].shape[0])
     return reference.hvp(problem, theta, vector, data)
 
 
@@ -155,14 +160,17 @@ def as_rate(lr: float | Tensor, theta: Tensor) -> Tensor:
 
 def prepare(
     module: nn.Module, layout: Layout, theta: Tensor, x, y, loss, backend: str, names: tuple[str, str]
-) -> tuple[Problem, Plan, list[Tensor]]:
+) -> tuple[Problem, Plan, Tensor, list[Tensor]]:
     """Check everything, decide how to run it, and set it up. ``names`` are what x and y are called in errors."""
+    _check_vector("theta", theta, layout)
     tasks = check_data(names, x, y, theta, named_loss=isinstance(loss, str))
-    _check_vector("theta", theta, layout, tasks=tasks)
+    _check_tasks("theta", theta, layout, tasks)
     chosen = plan(module, layout, theta, x, y, loss, backend, names)
     data, spec = pytree.tree_flatten((x, y))
     scalar = losses.resolve(loss) if loss is not None else None
-    return Problem(layout, chosen.task_map(module), spec, scalar), chosen, data
+    if not chosen.shared and theta.dim() == 1:
+        theta = theta.expand(tasks, -1)
+    return Problem(layout, chosen.task_map(module), spec, scalar), chosen, theta, data
 
 
 def check_module(module: nn.Module) -> nn.Module:
@@ -183,22 +191,27 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _check_vector(name: str, vector, layout: Layout, like: Tensor | None = None, tasks: int | None = None) -> None:
+def _check_vector(name: str, vector, layout: Layout, dtype: torch.dtype | None = None) -> None:
     if not isinstance(vector, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(vector).__name__}")
-    if not vector.is_floating_point() or like is not None and vector.dtype != like.dtype:
-        raise TypeError(f"{name}: expected {like.dtype if like is not None else 'a real dtype'}, got {vector.dtype}")
+    if not vector.is_floating_point() or dtype not in (None, vector.dtype):
+        raise TypeError(f"{name}: expected {dtype or 'a real floating dtype'}, got {vector.dtype}")
+    if vector.device != layout.device:
+        raise ValueError(f"{name}: expected a tensor on {layout.device} like the module, got {vector.device}")
     if vector.dim() == 0 or vector.shape[-1] != layout.size:
         raise ValueError(
             f"{name}: expected [..., {layout.size}], one value for each trainable parameter, got {list(vector.shape)}"
         )
-    if tasks is not None and vector.shape[:-1] not in ((), (tasks,)):
+
+
+def _check_tasks(name: str, vector: Tensor, layout: Layout, tasks: int) -> None:
+    if vector.shape[:-1] not in ((), (tasks,)):
         raise ValueError(
             f"{name}: expected [{layout.size}] or [{tasks}, {layout.size}] for {tasks} tasks, got {list(vector.shape)}"
         )
 
 
-def check_data(names: tuple[str, str], x, y, theta, named_loss: bool) -> int:
+def check_data(names: tuple[str, str], x, y, theta: Tensor, named_loss: bool) -> int:
     """Raise where data of all tasks do not fit together or the parameters; return the number of tasks."""
     inputs = pytree.tree_leaves(x)
     tensors = [(names[0], leaf) for leaf in inputs] + [(names[1], leaf) for leaf in pytree.tree_leaves(y)]
@@ -217,12 +230,11 @@ def check_data(names: tuple[str, str], x, y, theta, named_loss: bool) -> int:
             )
         if leaf.shape[0] == 0 or leaf.dim() > 1 and leaf.shape[1] == 0:
             raise ValueError(f"{name}: expected at least one task and one sample, got {list(leaf.shape)}")
-        if isinstance(theta, Tensor):
-            if leaf.device != theta.device:
-                raise ValueError(f"{name}: expected a tensor on {theta.device} like the parameters, got {leaf.device}")
-            autocast = torch.is_autocast_enabled(theta.device.type)
-            if leaf.is_floating_point() and leaf.dtype != theta.dtype and not autocast:
-                raise TypeError(f"{name}: expected {theta.dtype} like the parameters, got {leaf.dtype}")
+        if leaf.device != theta.device:
+            raise ValueError(f"{name}: expected a tensor on {theta.device} like the parameters, got {leaf.device}")
+        autocast = torch.is_autocast_enabled(theta.device.type)
+        if leaf.is_floating_point() and leaf.dtype != theta.dtype and not autocast:
+            raise TypeError(f"{name}: expected {theta.dtype} like the parameters, got {leaf.dtype}")
     if named_loss and isinstance(y, Tensor) and (y.dim() < 2 or y.shape[1] != first.shape[1]):
         raise ValueError(
             f"{names[1]}: expected {first.shape[1]} samples a task like {names[0]}, got {list(y.shape)}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from . import functional, losses
 from .plan import BACKENDS, plan
@@ -14,6 +15,7 @@ from .rates import check_rate
 from .stateless import Layout
 
 REDUCTIONS = ("none", "mean")
+SUPPORT, QUERY = ("support_x", "support_y"), ("query_x", "query_y")
 
 
 class MAML(nn.Module):
@@ -63,7 +65,8 @@ class MAML(nn.Module):
         functional.check_choice("meta_gradient", meta_gradient, functional.META_GRADIENTS)
         functional.check_choice("reduction", reduction, REDUCTIONS)
         functional.check_choice("backend", backend, BACKENDS)
-        check_rate(functional.as_rate(lr, next(iter(layout.parameters.values()))), layout.sizes, steps)
+        parameter = next(iter(layout.parameters.values()))
+        check_rate(functional.as_rate(lr, parameter), layout.sizes, steps, parameter.dtype)
         if isinstance(lr, Tensor) and not lr.is_leaf:
             raise ValueError(
                 "lr: expected a leaf tensor, got the result of a computation, which could be differentiated once "
@@ -107,9 +110,8 @@ class MAML(nn.Module):
         """What runs for such a support set, and why: ``.engine``, ``.reasons``, and a report as ``str()``."""
         layout = Layout(self.module)
         theta = layout.flatten().detach()
-        names = ("support_x", "support_y")
-        tasks = functional.check_data(names, support_x, support_y, theta, named_loss=isinstance(self.loss, str))
-        chosen = plan(self.module, layout, theta, support_x, support_y, self.loss, self.backend, names)
+        tasks = functional.check_data(SUPPORT, support_x, support_y, theta, named_loss=isinstance(self.loss, str))
+        chosen = plan(self.module, layout, theta, support_x, support_y, self.loss, self.backend, SUPPORT)
         kept = self.steps * tasks * layout.size * theta.element_size()
         lines = [
             f"engine         {chosen.engine}",
@@ -125,6 +127,12 @@ class MAML(nn.Module):
         if self.meta_gradient == "exact":
             return f"{self.steps} Hessian-vector products a task, reverse over reverse"
         return "no second derivatives"
+
+    def _apply(self, fn, recurse=True):
+        # In place, as for a parameter: a rate that requires grad stays the tensor its optimiser knows.
+        if isinstance(self.lr, Tensor) and self.lr.requires_grad:
+            self.lr.data = fn(self.lr.data)
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         lr = self.lr if isinstance(self.lr, float) else f"tensor {list(self.lr.shape)}"
@@ -157,14 +165,16 @@ class AdaptedTasks:
         """The adapted parameters by name, each ``[T, *shape]``."""
         return functional.unflatten(self._maml.module, self._thetas[-1])
 
-    def __call__(self, x: Tensor | tuple) -> Tensor:
-        """Predictions of every task's own network on its own ``x``: ``[T, Q, ...]`` -> ``[T, Q, ...]``."""
+    def __call__(self, query_x: Tensor | tuple) -> Tensor:
+        """Predictions of every task's own network on its own queries: ``[T, Q, ...]`` -> ``[T, Q, ...]``."""
+        self._check_tasks(query_x)
         return functional.network(
-            self._maml.module, self._thetas[-1], x, backend=self._maml.backend, names=("query_x", "query_y")
+            self._maml.module, self._thetas[-1], query_x, backend=self._maml.backend, names=QUERY
         )
 
     def loss(self, query_x: Tensor | tuple, query_y) -> Tensor:
         """Query losses ``[T]``, or their mean where the MAML has ``reduction="mean"``."""
+        self._check_tasks(query_x)
         result = functional.task_loss(
             self._maml.module,
             self._thetas[-1],
@@ -172,9 +182,14 @@ class AdaptedTasks:
             query_y,
             loss=self._maml.loss,
             backend=self._maml.backend,
-            names=("query_x", "query_y"),
+            names=QUERY,
         )
         return result.mean() if self._maml.reduction == "mean" else result
+
+    def _check_tasks(self, query_x) -> None:
+        for x in pytree.tree_leaves(query_x):
+            if isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] not in (0, len(self)):
+                raise ValueError(f"query_x: expected {len(self)} tasks, as many as were adapted, got {x.shape[0]}")
 
 
 @dataclass(frozen=True)

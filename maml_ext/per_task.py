@@ -78,6 +78,10 @@ class TaskMap:
         with contextlib.ExitStack() as stack:
             stack.enter_context(stateless(self.module))
             stack.enter_context(self._autocast)
+            if torch.is_inference_mode_enabled():  # in which nothing records, not even with gradients enabled
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+                tensors = [t.clone() for t in tensors]
             if self.seed is not None:
                 devices = {t.device for t in tensors if t.is_cuda}
                 stack.enter_context(torch.random.fork_rng(devices=list(devices)))

@@ -6,7 +6,6 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import losses
 from .ops import library
 from .per_task import TaskMap
-from .reference import Problem, hvp
+from .reference import Problem, hvp, task_loss
 from .stateless import Layout, stateless
 
 BACKENDS = ("auto", "compiled", "torch")
@@ -36,6 +35,8 @@ class Plan:
     Args:
         engine: what computes the network: "torch", the reference engine.
         vmapped: whether all tasks run at once under ``torch.vmap``, or one after another.
+        shared: whether parameters that all tasks share may stay so, or each task needs its own copy (in-place
+            operators of recurrent networks, under vmap).
         random: whether the network draws random numbers (dropout).
         twice: whether it has a second derivative; without one only "first_order" can run.
         prediction: shape of the prediction of one task; None where it is not a tensor.
@@ -44,6 +45,7 @@ class Plan:
 
     engine: str
     vmapped: bool
+    shared: bool
     random: bool
     twice: bool
     prediction: torch.Size | None
@@ -80,23 +82,34 @@ def plan(
         library.warn_if_absent()
     leaves, spec = pytree.tree_flatten((x, y))
     kinds = tuple((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves)
-    structure = tuple((type(m), m.training) for m in module.modules())
-    key = (structure, tuple(layout.parameters), theta.dtype, loss, str(spec), kinds, backend)
+    # What a network does changes with its modules, their mode, and with the rates of dropout (which torch's
+    # modules call p, its recurrent networks and attention dropout).
+    structure = tuple(
+        (type(m), m.training, *(v for v in map(m.__dict__.get, ("p", "dropout")) if isinstance(v, (int, float))))
+        for m in module.modules()
+    )
+    identity, reference = _identity(loss)
+    key = (structure, tuple(layout.parameters), theta.dtype, identity, str(spec), kinds, backend)
     known = _plans.setdefault(module, {})
-    if key not in known:
+    chosen, seen_for = known.get(key, (None, None))
+    if chosen is None or seen_for() is not reference():
+        with torch.inference_mode(False):
+            chosen = _examine(module, layout, theta, x, y, loss, backend, names)
         if len(known) >= REMEMBERED:
             known.clear()
-        known[key] = _examine(module, layout, theta, leaves, spec, loss, backend, names)
+        if not torch._C._are_functorch_transforms_active():  # inside of which not everything can be examined
+            known[key] = chosen, reference
     if loss is not None:
-        losses.check_target(loss, names[1], y, known[key].prediction, theta.dtype)
-    return known[key]
+        losses.check_target(loss, names[1], y, chosen.prediction, theta.dtype)
+    return chosen
 
 
-def _examine(module, layout, theta, leaves, spec, loss, backend, names) -> Plan:
+def _examine(module, layout, theta, x, y, loss, backend, names) -> Plan:
     """Run two tasks to see what works. Leaves the module and the random generators as they were."""
     _check_statistics(module)
-    theta = (theta if theta.dim() == 1 else theta[0]).detach()
-    two = [leaf[:2].detach() for leaf in leaves]
+    theta = (theta if theta.dim() == 1 else theta[0]).detach().clone()
+    leaves, spec = pytree.tree_flatten((x, y))
+    two = [leaf[:2].detach().clone() for leaf in leaves]
     # Without a loss any scalar of the predictions shows whether they can be differentiated.
     scalar = losses.resolve(loss) if loss is not None else lambda prediction, _: prediction.square().sum()
     reasons = [NO_COMPILED_ENGINE] if backend == "auto" else ["backend='torch' was asked for"]
@@ -106,42 +119,91 @@ def _examine(module, layout, theta, leaves, spec, loss, backend, names) -> Plan:
 
     with stateless(module), torch.random.fork_rng(devices=[theta.device] if theta.is_cuda else []):
         with _Operators() as seen, torch.enable_grad():
-            prediction = _try_one_task(problem(vmapped=False), theta, two, spec, loss, names)
+            one = [leaf[0] for leaf in two]
+            prediction = _try_one_task(problem(vmapped=False), theta, one, loss, y, names)
+        # Inside torch.func nothing can be recorded by hand: a refusal would come up in the backward pass.
+        transformed = torch._C._are_functorch_transforms_active()
+        twice = "" if transformed else _try(_second_derivative_of_one, problem(vmapped=False), theta, one)
 
-    batching = [True, False]
+    own = theta.expand(len(two[0]), -1)
+    ways = [(True, True), (True, False), (False, True)]  # (vmapped, shared)
     own_filters = any(len(shape) > 2 for shape in layout.shapes)
     if theta.device.type == "cpu" and own_filters and seen.convolved > LARGE_CONVOLUTIONS:
-        batching = [False]
+        ways = [(False, True)]
         reasons.append(
             f"tasks run one after another: {seen.convolved:,} multiply-adds of convolutions a task, with filters of "
             f"their own, are slower all at once on a CPU (vmap makes grouped convolutions of them)"
         )
-    attempts = [(order, vmapped) for order in (_second_derivative, _first_derivative) for vmapped in batching]
-    for derivative, vmapped in attempts:
+    derivative = _gradient if twice else _second_derivative
+    reasons += [f"no second derivative, so that 'exact' cannot run: {twice}"] if twice else []
+    for vmapped, shared in ways:
         with warnings.catch_warnings(record=True) as caught, torch.no_grad():
             warnings.simplefilter("always")
-            try:
-                derivative(problem(vmapped), theta, two)
-            except Exception as error:  # whatever a user's module raises under a transform
-                way = "all tasks at once (torch.vmap)" if vmapped else "task by task"
-                reasons.append(f"no {derivative.__doc__} {way}: {type(error).__name__}: {_first_line(error)}")
-                continue
-        reasons += [_first_line(w.message) for w in caught if "performance drop" in str(w.message)]
-        return Plan(
-            engine="torch",
-            vmapped=vmapped,
-            random=seen.random,
-            twice=derivative is _second_derivative,
-            prediction=prediction,
-            reasons=tuple(reasons),
-        )
-    raise ValueError("module: cannot be differentiated:\n  " + "\n  ".join(reasons))
+            for parameters in (own, theta) if shared else (own,):
+                # The value by itself too: some operators batch where they are recorded and not where they are not.
+                failure = _try(_value, problem(vmapped), parameters, two) or _try(
+                    derivative, problem(vmapped), parameters, two
+                )
+                if failure:
+                    break
+        if not failure:
+            reasons += [_first_line(w.message) for w in caught if "performance drop" in str(w.message)]
+            return Plan("torch", vmapped, shared, seen.random, not twice, prediction, tuple(reasons))
+        if (vmapped, shared) == (True, False):
+            reasons.append(f"tasks run one after another: torch.vmap cannot run them all at once: {failure}")
+    raise ValueError(f"module: cannot be differentiated: {failure}")
 
 
-def _try_one_task(problem: Problem, theta, two, spec, loss, names) -> torch.Size | None:
+def _identity(loss) -> tuple:
+    """What tells a loss from others, and a weak reference to what must live for it to stay so.
+
+    A callable is itself, whatever it is equal to. The reference is weak because a loss may hold the module.
+    """
+    if loss is None or isinstance(loss, str):
+        return loss, lambda: loss
+    owner = getattr(loss, "__self__", loss)  # a method is a new object each time it is looked up
+    identity = (id(owner), id(getattr(loss, "__func__", loss)) if owner is not loss else None)
+    try:
+        return identity, weakref.ref(owner)
+    except TypeError:
+        return identity, lambda: owner
+
+
+def _try(function: Callable, *arguments) -> str:
+    """What went wrong, or "": a user's module may raise anything under a transform."""
+    try:
+        function(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {_first_line(error)}"
+    return ""
+
+
+def _second_derivative_of_one(problem: Problem, theta: Tensor, one: list[Tensor]) -> None:
+    """By ``backward()``: ``autograd.grad`` passes over nodes that refuse a derivative and returns zeros."""
+    theta = theta.clone().requires_grad_()
+    with torch.enable_grad():
+        value = problem.value(theta, *one)
+        (gradient,) = torch.autograd.grad(value, theta, create_graph=True, materialize_grads=True)
+        if gradient.requires_grad:
+            gradient.sum().backward()
+
+
+def _second_derivative(problem: Problem, theta: Tensor, data: list[Tensor]) -> None:
+    hvp(problem, theta, theta, data)
+
+
+def _value(problem: Problem, theta: Tensor, data: list[Tensor]) -> None:
+    task_loss(problem, theta, data)
+
+
+def _gradient(problem: Problem, theta: Tensor, data: list[Tensor]) -> None:
+    with torch.enable_grad():
+        task_loss(problem, theta.detach().requires_grad_(), data)  # which computes it along with the value
+
+
+def _try_one_task(problem: Problem, theta, one, loss, y, names) -> torch.Size | None:
     """The shape of one task's prediction; raises a ValueError that names the argument at fault."""
-    one = [leaf[0] for leaf in two]
-    x, y = pytree.tree_unflatten(one, spec)
+    x, target = pytree.tree_unflatten(one, problem.spec)
     try:
         prediction = problem.predict(theta, *one)
     except Exception as error:
@@ -149,18 +211,17 @@ def _try_one_task(problem: Problem, theta, two, spec, loss, names) -> torch.Size
             f"{names[0]}: the module failed on one task, {_shapes(x)}: {type(error).__name__}: {_first_line(error)}"
         ) from error
     shape = prediction.shape if isinstance(prediction, Tensor) else None
-    if loss is None:
-        if shape is None:
-            raise TypeError(f"module: expected to return a tensor, got {type(prediction).__name__}")
-        value = prediction
-    else:
-        losses.check_target(loss, names[1], pytree.tree_unflatten(two, spec)[1], shape, theta.dtype)
+    if shape is None and not callable(loss):
+        raise TypeError(f"module: expected to return a tensor, got {type(prediction).__name__}")
+    value = prediction
+    if loss is not None:
+        losses.check_target(loss, names[1], y, shape, theta.dtype)
         try:
-            value = problem.loss(prediction, y)
+            value = problem.loss(prediction, target)
         except Exception as error:
             raise ValueError(
-                f"{names[1]}: the loss failed on one task, prediction {_shapes(prediction)} and target {_shapes(y)}: "
-                f"{type(error).__name__}: {_first_line(error)}"
+                f"{names[1]}: the loss failed on one task, prediction {_shapes(prediction)} and target "
+                f"{_shapes(target)}: {type(error).__name__}: {_first_line(error)}"
             ) from error
         if not isinstance(value, Tensor) or value.dim():
             raise ValueError(f"loss: expected a scalar tensor for one task, got {_shapes(value)}")
@@ -170,16 +231,6 @@ def _try_one_task(problem: Problem, theta, two, spec, loss, names) -> torch.Size
             "argument: it would get no gradient. Pass it with the inputs or targets, or detach it"
         )
     return shape
-
-
-def _second_derivative(problem: Problem, theta: Tensor, data: list[Tensor]) -> None:
-    """second derivative"""
-    hvp(problem, theta, theta, data)
-
-
-def _first_derivative(problem: Problem, theta: Tensor, data: list[Tensor]) -> None:
-    """derivative"""
-    problem.tasks(partial(problem.gradient, theta), [0] * len(data), data)
 
 
 def _check_statistics(module: nn.Module) -> None:

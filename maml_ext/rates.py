@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 
-def check_rate(lr: Tensor, sizes: Sequence[int], steps: int | None) -> None:
-    """Raise where ``lr`` fits neither the parameters nor the number of steps."""
-    if not isinstance(lr, Tensor):
-        raise TypeError(f"lr: expected a float or a tensor, got {type(lr).__name__}")
+def check_rate(lr: Tensor, sizes: Sequence[int], steps: int, dtype: torch.dtype) -> None:
+    """Raise where ``lr`` does not fit the parameters or the number of steps."""
     if not lr.is_floating_point():
         raise TypeError(f"lr: expected a real floating dtype, got {lr.dtype}")
     n, p = len(sizes), sum(sizes)
@@ -26,10 +24,12 @@ def check_rate(lr: Tensor, sizes: Sequence[int], steps: int | None) -> None:
             f"lr: expected shape [], [{n}] (per tensor), [{p}] (per parameter), or such a row for each step "
             f"([steps, 1], [steps, {n}], [steps, {p}]), got {list(lr.shape)}"
         )
-    if lr.dim() == 2 and steps is not None and lr.shape[0] < steps:
+    if lr.dim() == 2 and lr.shape[0] < steps:
         raise ValueError(f"lr: expected a row for each of {steps} steps, got {lr.shape[0]} rows")
     if not torch.isfinite(lr).all():
         raise ValueError("lr: expected finite rates, got NaN or infinity")
+    if lr.dtype != dtype:
+        raise TypeError(f"lr: expected {dtype} like the parameters, got {lr.dtype}")
 
 
 def rate_of_step(lr: Tensor, step: int) -> Tensor:

@@ -43,6 +43,9 @@ class Layout:
     def __init__(self, module: nn.Module):
         self.module = module
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        lazy = [name for name, p in trainable.items() if nn.parameter.is_lazy(p)]
+        if lazy:
+            raise ValueError(f"module: {lazy[0]} is uninitialized; call the module once on an input to give it a shape")
         if not trainable:
             raise ValueError(
                 f"module: expected at least one parameter with requires_grad=True, "
@@ -56,6 +59,7 @@ class Layout:
         self.shapes = [p.shape for p in trainable.values()]
         self.sizes = [p.numel() for p in trainable.values()]
         self.size = sum(self.sizes)
+        self.device = next(iter(trainable.values())).device
         first_name = {id(p): name for name, p in trainable.items()}
         self._aliases = [
             (name, first_name[id(p)])
