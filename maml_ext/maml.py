@@ -135,7 +135,7 @@ class MAML(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        lr = self.lr if isinstance(self.lr, float) else f"tensor {list(self.lr.shape)}"
+        lr = f"tensor {list(self.lr.shape)}" if isinstance(self.lr, Tensor) else self.lr
         loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", type(self.loss).__name__)
         return f"lr={lr}, steps={self.steps}, loss={loss}, meta_gradient={self.meta_gradient}, backend={self.backend}"
 

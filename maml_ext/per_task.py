@@ -67,7 +67,8 @@ class TaskMap:
         self._autocast = torch.autocast(device, dtype, enabled, cache_enabled=False)
 
     def vjp(self, function: Callable, *primals: Tensor) -> tuple:
-        return (torch.func.vjp if self.vmapped else autograd_vjp)(function, *primals)
+        transformed = self.vmapped or torch._C._are_functorch_transforms_active()  # by us, or by the caller
+        return (torch.func.vjp if transformed else autograd_vjp)(function, *primals)
 
     def reseed(self, step: int) -> None:
         if self.seed is not None:
