@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import maml_ext
+from maml_ext.ops import library
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,6 +30,15 @@ def test_installed_packages():
     assert (Path(maml_ext.__file__).parent / "py.typed").exists()
     assert "torch" in importlib.metadata.requires("maml_ext")[0]
     assert all("extra" in r for r in importlib.metadata.requires("maml_ext")[1:]), "torch is the only dependency"
+
+
+@pytest.mark.skipif(bool(library.ABSENT), reason=f"looks into the binary: {library.ABSENT}")
+def test_the_binary_names_no_folder_of_the_machine_that_built_it():
+    """Check messages carry __FILE__."""
+    binary = Path(importlib.import_module("maml_ext._C").__file__).read_bytes()
+    assert b"sgd_update" in binary
+    for path in (ROOT, Path(sys.prefix), Path.home()):
+        assert str(path).encode() not in binary
 
 
 def test_cpu_build_insists_on_a_compiler():
