@@ -13,8 +13,8 @@ recursion) is
 
 (Finn et al. 2017, eq. 1, differentiated). Only theta_1 .. theta_K are kept; each step of the recursion
 recomputes its g_k and pulls alpha_k * lambda_{k+1} back through it. That pull-back is the Hessian-vector
-product, reverse over reverse: forward over reverse was neither faster nor leaner on any of the workloads
-of ``benchmarks/`` (run eagerly, dual numbers double the number of operator calls).
+product, reverse over reverse: forward over reverse was neither faster nor leaner on the workloads sin5,
+mlp_omni and omni_conv of ``benchmarks/`` (run eagerly, dual numbers double the number of operator calls).
 """
 
 from __future__ import annotations
