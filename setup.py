@@ -41,7 +41,7 @@ def extensions() -> list:
             py_limited_api=True,
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
             # Paths of this machine get into error messages and debug information otherwise.
-            extra_compile_args=["-O3", "-std=c++17", "-Wall", "-fvisibility=hidden", "-g0"]
+            extra_compile_args=["-O3", "-std=c++17", "-Wall", "-Wno-psabi", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
             + [f"-ffile-prefix-map={path}/=" for path in (ROOT, *include_paths())],
         )
     ]

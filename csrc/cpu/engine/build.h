@@ -1,0 +1,27 @@
+// One build of the engine, for MAML_VECTOR_BYTES and whatever instruction set is in force. All of it is in an
+// anonymous namespace and uses no std template: an inline function that builds share could be the one for AVX-512 on
+// a machine without it.
+#include "engine.h"
+
+namespace maml_ext::engine {
+namespace {
+
+#include "simd.h"
+#include "product.h"
+#include "frame.h"
+#include "contract.h"
+#include "activation.h"
+#include "block.h"
+#include "norm.h"
+#include "pool.h"
+#include "reshape.h"
+#include "combine.h"
+#include "softmax.h"
+#include "loss.h"
+#include "task.h"
+
+}  // namespace
+
+const Engine MAML_ENGINE = {MAML_VECTOR_BYTES, &run<float>, &run<double>};
+
+}  // namespace maml_ext::engine

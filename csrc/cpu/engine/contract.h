@@ -1,0 +1,184 @@
+// Linear layers and convolutions: out = filter * in + bias. Bilinear, so that all four rules are sums of products:
+//   forward           out   = W in + b
+//   backward          in^   = W^T out^          W^  = out^ in           b^ = sum of out^
+//   tangent_forward   out'  = W in' + W' in + b'
+//   tangent_backward  in^'  = W^T out^' + W'^T out^   W^' = out^' in + out^ in'   b^' = sum of out^'
+// where ^ is a gradient and ' a tangent. A filter is read once for each block of positions, the data once for each
+// block of channels.
+
+template <class T>
+struct Contract {
+  struct Term {
+    const T* data;    // sample 0 of the operand, at its origin
+    const T* filter;  // in the layout of the rows
+  };
+
+  // At the positions of `rows` of every sample: result (+)= bias + sum of terms.
+  static void positions(const Context<T>& c, const Layer& l, const Rows& rows, const Value& result, T* to,
+                        const Value& operand, int64_t channels, const Term* terms, int count, const T* bias,
+                        bool accumulate) {
+    constexpr int64_t kTile = 120, kCache = 24 * 1024 / sizeof(T);  // positions; elements of filter kept in L1
+    const int64_t group = l.group, groups = (c.f.count + group - 1) / group;
+    const int64_t vectors = result.pitch / kLanes<T>, panels = (vectors + 3) / 4;
+    const int64_t in_group = group * rows.count, tiles = (in_group + kTile - 1) / kTile;
+    const int64_t work = smaller(in_group, kTile) * smaller<int64_t>(vectors, 4) * kLanes<T> * rows.taps * channels;
+    c.crew.each(groups * tiles * panels, work * count, [&](int64_t i) {
+      const int64_t panel = i % panels, tile = i / panels % tiles, first = i / panels / tiles * group;
+      const int64_t all = smaller(group, c.f.count - first) * rows.count;
+      const int64_t begin = tile * kTile, end = smaller(begin + kTile, all);
+      if (begin >= end) return;
+      const int64_t from = vectors * panel / panels, to_vector = vectors * (panel + 1) / panels;
+      Product<T> p;
+      p.c = to + first * result.image;
+      p.c_rows = rows.result + begin;
+      p.a_rows = rows.operand + begin;
+      p.rows = end - begin;
+      p.a_step = 1;
+      p.b_step = result.pitch;
+      p.start = bias;
+      p.accumulate = accumulate;
+      p.segments = count;
+      // A part of the filter is used for all rows of the tile while it is in the cache.
+      const int64_t width = (to_vector - from) * kLanes<T>, fit = larger<int64_t>(1, kCache / width);
+      const bool few = p.rows <= 2 * kBlockRows[4];
+      const int64_t deep = few || channels <= fit ? channels : fit;
+      const int64_t wide = few ? rows.taps : larger<int64_t>(1, fit / deep);
+      int64_t k = 0, tap = 0;
+      do {
+        p.inner = smaller(deep, channels - k);
+        do {
+          const int64_t taps = smaller(wide, rows.taps - tap);
+          for (int s = 0; s < count; s++)
+            p.segment[s] = {terms[s].data + first * operand.image + k, terms[s].filter + k * result.pitch, taps,
+                            rows.tap_operand + tap, rows.tap_filter + tap};
+          product<T>(p, from, to_vector);
+          p.accumulate = true;
+          tap += taps;
+        } while (tap < rows.taps);
+        tap = 0;
+        k += p.inner;
+      } while (k < channels);
+    });
+  }
+
+  // to[(tap, input)][output] (+)= sum over terms and positions of data * gradient, at the filter's offsets.
+  static void filter(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, bool accumulate) {
+    constexpr int64_t kRows = 48, kLines = 128, kPositions = 128;
+    const Value &in = c.in(l), &out = c.out(l);
+    const Slot& slot = c.net.slot[l.weight];
+    const int64_t rows = slot.taps * slot.inputs, chunks = (rows + kRows - 1) / kRows;
+    const int64_t vectors = out.pitch / kLanes<T>, panels = (vectors + 3) / 4;
+    const bool vector_data = out.h * out.w == 1;  // then a line is one position of every sample
+    const int64_t inner = vector_data ? c.f.count : out.w, lines = vector_data ? 1 : c.f.count * out.h;
+    const int64_t at_once = larger<int64_t>(1, smaller<int64_t>(kLines, kPositions / inner));
+    c.crew.each(chunks * panels, kRows * out.pitch / panels * inner * lines * count, [&](int64_t i) {
+      const int64_t panel = i % panels, chunk = i / panels;
+      const int64_t from = vectors * panel / panels, to_vector = vectors * (panel + 1) / panels;
+      Product<T> p;
+      p.c_rows = nullptr;
+      p.c_step = out.pitch;
+      p.c = to + chunk * kRows * out.pitch;
+      p.a_rows = l.filter_rows + chunk * kRows;
+      p.rows = smaller(kRows, rows - chunk * kRows);
+      p.inner = inner;
+      p.a_step = vector_data ? in.image : l.sw * in.pitch;
+      p.b_step = vector_data ? out.image : out.pitch;
+      p.start = nullptr;
+      p.accumulate = accumulate;
+      p.segments = count;
+      int64_t tap_a[kLines], tap_b[kLines];
+      for (int64_t line = 0; line < lines; line += at_once) {
+        const int64_t taps = smaller(at_once, lines - line);
+        for (int64_t s = 0; s < taps; s++) {
+          const int64_t n = (line + s) / out.h, y = (line + s) % out.h;
+          tap_a[s] = n * in.image + y * l.sh * in.row;
+          tap_b[s] = n * out.image + y * out.row;
+        }
+        for (int s = 0; s < count; s++) p.segment[s] = {terms[s].data, terms[s].filter, taps, tap_a, tap_b};
+        product<T>(p, from, to_vector);
+        p.accumulate = true;
+      }
+    });
+    if (slot.groups > 1) clear_between_groups(slot, to, out.pitch);
+  }
+
+  // A grouped filter is a full one with zeros between groups, and stays one.
+  static void clear_between_groups(const Slot& s, T* filter, int64_t pitch) {
+    for (int64_t row = 0; row < s.taps * s.inputs; row++)
+      for (int64_t o = 0; o < s.outputs; o++)
+        if (row % s.inputs / (s.inputs / s.groups) != o / (s.outputs / s.groups)) filter[row * pitch + o] = 0;
+  }
+
+  static void bias(const Context<T>& c, const Layer& l, const Frame<T>& f, T* to) {
+    const Value& out = c.out(l);
+    T* partial = f.statistics(l);
+    const bool vector_data = out.h * out.w == 1;
+    if (!vector_data)
+      c.crew.each(f.count, out.h * out.w * out.pitch / 8, [&](int64_t n) {
+        for (int64_t k = 0; k < out.pitch; k += kLanes<T>) {
+          Vec<T> total{};
+          for (int64_t y = 0; y < out.h; y++) {
+            Vec<T> sum{};
+            const T* g = f.gradient(out, n) + y * out.row + k;
+            for (int64_t x = 0; x < out.w; x++) sum += load<T>(g + x * out.pitch);
+            total += sum;
+          }
+          store<T>(partial + n * out.pitch + k, total);
+        }
+      });
+    for (int64_t k = 0; k < out.pitch; k += kLanes<T>) {
+      Vec<T> sum{};
+      for (int64_t n = 0; n < f.count; n++)
+        sum += load<T>((vector_data ? f.gradient(out, n) : partial + n * out.pitch) + k);
+      put<T>(to + k, sum, !l.writes_bias);
+    }
+  }
+
+  static void forward(const Context<T>& c, const Layer& l) {
+    const Term term{c.f.value(c.in(l)), c.p.slot(c.net, l.weight)};
+    positions(c, l, *l.forward, c.out(l), c.f.value(c.out(l)), c.in(l), c.in(l).c, &term, 1,
+              c.p.slot(c.net, l.bias), false);
+  }
+
+  static void to_input(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count) {
+    for (int64_t i = 0; i < l.phases; i++)
+      positions(c, l, l.backward[i], c.in(l), to, c.out(l), c.out(l).c, terms, count, nullptr, l.accumulate[0]);
+  }
+
+  static void backward(const Context<T>& c, const Layer& l) {
+    const Slot& weight = c.net.slot[l.weight];
+    const T* g = c.f.gradient(c.out(l));
+    if (T* to = c.gradient(l.weight)) {
+      const Term term{c.f.value(c.in(l)), g};
+      filter(c, l, to, &term, 1, !l.writes_weight);
+    }
+    if (T* to = c.gradient(l.bias)) bias(c, l, c.f, to);
+    if (c.net.needs_gradient[l.in]) {
+      const Term term{g, c.p.transposed + weight.transposed};
+      to_input(c, l, c.f.gradient(c.in(l)), &term, 1);
+    }
+  }
+
+  static void tangent_forward(const Context<T>& c, const Layer& l) {
+    Term terms[2];
+    int count = 0;
+    if (c.net.has_tangent[l.in]) terms[count++] = {c.t.value(c.in(l)), c.p.slot(c.net, l.weight)};
+    if (const T* direction = c.d.slot(c.net, l.weight)) terms[count++] = {c.f.value(c.in(l)), direction};
+    positions(c, l, *l.forward, c.out(l), c.t.value(c.out(l)), c.in(l), c.in(l).c, terms, count,
+              c.d.slot(c.net, l.bias), false);
+  }
+
+  static void tangent_backward(const Context<T>& c, const Layer& l) {
+    const Slot& weight = c.net.slot[l.weight];
+    const T *g = c.f.gradient(c.out(l)), *tangent = c.t.gradient(c.out(l));
+    if (T* to = c.gradient(l.weight)) {
+      const Term terms[2] = {{c.f.value(c.in(l)), tangent}, {c.t.value(c.in(l)), g}};
+      filter(c, l, to, terms, c.net.has_tangent[l.in] ? 2 : 1, !l.writes_weight);
+    }
+    if (T* to = c.gradient(l.bias)) bias(c, l, c.t, to);
+    if (c.net.needs_gradient[l.in]) {
+      const Term terms[2] = {{tangent, c.p.transposed + weight.transposed}, {g, c.d.transposed + weight.transposed}};
+      to_input(c, l, c.t.gradient(c.in(l)), terms, weight.fixed ? 1 : 2);
+    }
+  }
+};

@@ -1,0 +1,71 @@
+// Where a task keeps what: frames of values, parameters in the engine's layout, and the crew that shares the work.
+// Included by each build of the engine inside its anonymous namespace: see build.h.
+
+// The values of the network on `count` samples, laid out for `samples`; with their gradients and the statistics of
+// norms. A second frame of the same form holds the tangents of all three.
+template <class T>
+struct Frame {
+  T *values, *gradients, *saved;
+  int64_t samples, count;
+
+  INLINE T* value(const Value& v, int64_t n = 0) const { return values + v.at * samples + n * v.image + v.origin; }
+  INLINE T* gradient(const Value& v, int64_t n = 0) const {
+    return gradients + v.at * samples + n * v.image + v.origin;
+  }
+  INLINE T* statistics(const Layer& l) const { return saved + l.saved + samples * l.saved_sample; }
+};
+
+// Parameters, or a direction of them. `fixed` is null in a direction: constants have none.
+template <class T>
+struct Parameters {
+  const T *adapted, *fixed, *transposed;
+
+  INLINE const T* slot(const Slot& s) const { return s.fixed ? (fixed ? fixed + s.at : nullptr) : adapted + s.at; }
+  INLINE const T* slot(const Network& net, int index) const { return index < 0 ? nullptr : slot(net.slot[index]); }
+};
+
+// Runs a loop whose steps are independent: by itself where tasks are shared out over threads, else on all threads.
+// What a step does never depends on which it is, so results do not depend on the number of threads.
+struct Crew {
+  void (*split)(int64_t count, int64_t grain, void* context, void (*run)(void*, int64_t, int64_t));  // null: alone
+
+  template <class F>
+  INLINE void each(int64_t count, int64_t work, F f) const {
+    constexpr int64_t kWorthwhile = 100000;  // multiply-adds: some microseconds
+    if (split && count > 1 && count * work > kWorthwhile) {
+      split(count, larger<int64_t>(1, kWorthwhile / 4 / larger<int64_t>(1, work)), &f,
+            [](void* context, int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; i++) (*(F*)context)(i);
+            });
+    } else {
+      for (int64_t i = 0; i < count; i++) f(i);
+    }
+  }
+};
+
+// What the four rules of a layer are given. A rule reads and writes the frames:
+//   forward           values of in -> values of out
+//   backward          gradient at out -> gradient at in and of the parameters
+//   tangent_forward   tangents of in and of the parameters -> tangents of out
+//   tangent_backward  the derivative of `backward` along the tangents
+// Gradients of a value with several readers, and of shared parameters, add up (Layer::accumulate, writes_*).
+template <class T>
+struct Context {
+  const Network& net;
+  Crew crew;
+  Frame<T> f, t;              // the values, and (tangent rules) their tangents
+  Parameters<T> p, d;         // the parameters, and their direction
+  T* gradients;               // of the parameters (backward), or their tangent (tangent_backward)
+
+  INLINE const Value& in(const Layer& l) const { return net.value[l.in]; }
+  INLINE const Value& out(const Layer& l) const { return net.value[l.out]; }
+  INLINE T* gradient(int slot) const {
+    return slot < 0 || net.slot[slot].fixed ? nullptr : gradients + net.slot[slot].at;
+  }
+};
+
+// A gradient that is stored by the first to reach it and added to by the others.
+template <class T>
+INLINE void put(T* at, Vec<T> value, bool add) {
+  store<T>(at, add ? load<T>(at) + value : value);
+}

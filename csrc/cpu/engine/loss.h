@@ -1,0 +1,175 @@
+// The loss of a task with its gradient, and on dual numbers the derivative of both: one piece of code. The arithmetic
+// is double whatever the network's, since there is little of it and everything behind depends on it.
+//
+// With l_n the loss of sample n and z_n its share of the normaliser (1; for cross entropy its labels' class weights),
+//   L = sum w_n l_n / Z,  Z = sum w_n z_n        dL/dw_n = (l_n - L z_n) / Z
+
+struct Dual {
+  double value, tangent;
+  INLINE Dual(double v = 0, double t = 0) : value(v), tangent(t) {}
+};
+INLINE Dual operator+(Dual a, Dual b) { return {a.value + b.value, a.tangent + b.tangent}; }
+INLINE Dual operator-(Dual a, Dual b) { return {a.value - b.value, a.tangent - b.tangent}; }
+INLINE Dual operator*(Dual a, Dual b) { return {a.value * b.value, a.tangent * b.value + a.value * b.tangent}; }
+INLINE Dual operator/(Dual a, Dual b) {
+  const double q = a.value / b.value;
+  return {q, (a.tangent - q * b.tangent) / b.value};
+}
+INLINE double value_of(double x) { return x; }
+INLINE double value_of(Dual x) { return x.value; }
+INLINE double exponential_of(double x) { return __builtin_exp(x); }
+INLINE Dual exponential_of(Dual x) { return {__builtin_exp(x.value), __builtin_exp(x.value) * x.tangent}; }
+INLINE double logarithm_of(double x) { return __builtin_log(x); }
+INLINE Dual logarithm_of(Dual x) { return {__builtin_log(x.value), x.tangent / x.value}; }
+
+// The targets of a task; `kept` lists the samples of the frame among them (null: all).
+template <class T>
+struct Target {
+  const T* y;
+  const int64_t* labels;
+  const T* weight;
+  const int64_t* kept;
+};
+
+template <class T, class D>
+struct LossRule {
+  const Network& net;
+  const Value& v;
+  Frame<T> f, t;               // t: where D is Dual
+  Target<T> target, target_t;  // directions of y and weight, each null: 0
+  T *to_y, *to_weight;         // their gradients (D double) or the tangents of those (Dual), subtracted; null: not wanted
+  double sign;                 // of what goes to them
+
+  static constexpr bool dual = sizeof(D) > sizeof(double);
+
+  static INLINE D number(const T* at, const T* tangent, int64_t i) {
+    if constexpr (dual)
+      return D(at[i], tangent ? tangent[i] : 0);
+    else
+      return at[i];
+  }
+  INLINE int64_t original(int64_t n) const { return target.kept ? target.kept[n] : n; }
+  INLINE D prediction(int64_t n, int64_t p, int64_t k) const {
+    const int64_t at = p / v.w * v.row + p % v.w * v.pitch + k;
+    return number(f.value(v, n), dual ? t.value(v, n) : nullptr, at);
+  }
+  INLINE int64_t place(int64_t n, int64_t p, int64_t k) const { return (original(n) * v.c + k) * v.h * v.w + p; }
+  INLINE D desired(int64_t n, int64_t p, int64_t k) const { return number(target.y, target_t.y, place(n, p, k)); }
+  INLINE D weight(int64_t n) const {
+    return target.weight ? number(target.weight, target_t.weight, original(n)) : D(1);
+  }
+  INLINE void set_gradient(int64_t n, int64_t p, int64_t k, D g) const {
+    const int64_t at = p / v.w * v.row + p % v.w * v.pitch + k;
+    if constexpr (dual)
+      t.gradient(v, n)[at] = T(g.tangent);
+    else
+      f.gradient(v, n)[at] = T(g);
+  }
+  INLINE void add(T* to, int64_t at, D g) const {
+    if constexpr (dual)
+      to[at] += T(sign * g.tangent);
+    else
+      to[at] += T(sign * g);
+  }
+
+  bool classes() const { return net.loss.kind == kLabels || net.loss.kind == kSoftLabels; }
+
+  // One element of a loss that is a sum over elements: its value and derivatives by prediction and target.
+  INLINE void element(D p, D y, D& l, D& by_p, D& by_y) const {
+    const D d = p - y;
+    switch (net.loss.kind) {
+      case kHuber: {
+        const double delta = net.loss.parameter, side = value_of(d) < 0 ? -1 : 1;
+        const bool near = value_of(d) * side < delta;
+        l = near ? D(0.5) * d * d : D(delta) * (D(side) * d - D(0.5 * delta));
+        by_p = near ? d : D(delta * side);
+        by_y = D(0) - by_p;
+        break;
+      }
+      case kBinary: {
+        const double side = value_of(p) < 0 ? 1 : -1;
+        const D e = exponential_of(D(side) * p), rest = D(1) / (D(1) + e);
+        l = (side < 0 ? p : D(0)) - p * y + logarithm_of(D(1) + e);
+        by_p = (side < 0 ? rest : D(1) - rest) - y;
+        by_y = D(0) - p;
+        break;
+      }
+      default:
+        l = d * d;
+        by_p = D(2) * d;
+        by_y = D(-2) * d;
+    }
+  }
+
+  // The loss l of a sample and its share z of the normaliser; with `scale`, w / Z, also the gradients.
+  template <bool gradients>
+  void sample(int64_t n, D scale, D& l, double& z) const {
+    l = D(0), z = 0;
+    if (!classes()) {
+      const double part = 1.0 / (double(v.c) * v.h * v.w);
+      for (int64_t p = 0; p < v.h * v.w; p++)
+        for (int64_t k = 0; k < v.c; k++) {
+          D one, by_p, by_y;
+          element(prediction(n, p, k), desired(n, p, k), one, by_p, by_y);
+          l = l + D(part) * one;
+          if (!gradients) continue;
+          set_gradient(n, p, k, scale * D(part) * by_p);
+          if (to_y) add(to_y, place(n, p, k), scale * D(part) * by_y);
+        }
+      z = 1;
+      return;
+    }
+    // Cross entropy against q: l = - sum_k c_k q_k log p_k, with c the class weights.
+    const T* cw = net.loss.class_weight < 0 ? nullptr : class_weight;
+    const double smooth = net.loss.parameter / v.c, sharp = 1 - net.loss.parameter;
+    const bool labels = net.loss.kind == kLabels;
+    for (int64_t p = 0; p < v.h * v.w; p++) {
+      const int64_t label = labels ? target.labels[original(n) * v.h * v.w + p] : 0;
+      if (labels && label == net.loss.ignore_index) {
+        if (gradients)
+          for (int64_t k = 0; k < v.c; k++) set_gradient(n, p, k, D(0));
+        continue;
+      }
+      double top = value_of(prediction(n, p, 0));
+      for (int64_t k = 1; k < v.c; k++) top = larger(top, value_of(prediction(n, p, k)));
+      D sum(0), all(0);
+      for (int64_t k = 0; k < v.c; k++) sum = sum + exponential_of(prediction(n, p, k) - D(top));
+      const D log_sum = logarithm_of(sum) + D(top);
+      auto q = [&](int64_t k) { return labels ? D(label == k ? sharp + smooth : smooth) : D(sharp) * desired(n, p, k) + D(smooth); };
+      auto c = [&](int64_t k) { return D(cw ? cw[k] : 1.0); };
+      for (int64_t k = 0; k < v.c; k++) {
+        const D mass = c(k) * q(k);
+        l = l + mass * (log_sum - prediction(n, p, k));
+        all = all + mass;
+      }
+      z += labels ? (cw ? double(cw[label]) : 1.0) : 1.0;
+      if (!gradients) continue;
+      for (int64_t k = 0; k < v.c; k++) {
+        const D log_p = prediction(n, p, k) - log_sum;
+        set_gradient(n, p, k, scale * (all * exponential_of(log_p) - c(k) * q(k)));
+        if (to_y) add(to_y, place(n, p, k), D(0) - scale * D(sharp) * c(k) * log_p);
+      }
+    }
+  }
+
+  const T* class_weight;
+
+  // The loss; its gradient (or the tangent of it) goes to the prediction's, and what is wanted of y's and w's.
+  D run() const {
+    D total(0), normaliser(0);
+    double z;
+    for (int64_t n = 0; n < f.count; n++) {
+      D l;
+      sample<false>(n, D(0), l, z);
+      total = total + weight(n) * l;
+      normaliser = normaliser + weight(n) * D(z);
+    }
+    const D loss = total / normaliser;
+    for (int64_t n = 0; n < f.count; n++) {
+      D l;
+      sample<true>(n, weight(n) / normaliser, l, z);
+      if (to_weight) add(to_weight, original(n), (l - loss * D(z)) / normaliser);
+    }
+    return loss;
+  }
+};

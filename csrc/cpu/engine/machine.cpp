@@ -1,0 +1,107 @@
+// What the engine runs on: the instruction set, memory kept from call to call, the clock.
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "engine.h"
+
+namespace maml_ext::engine {
+namespace {
+
+// Buffers of earlier calls. A call of the same kind finds its memory mapped and its halos still zero; without that,
+// mapping and zeroing cost as much as a fifth of a convolutional meta-gradient.
+struct Buffer {
+  void* at;
+  int64_t bytes;
+  int64_t key[8];
+  bool taken;
+};
+std::mutex mutex;
+std::vector<Buffer> buffers;
+constexpr int64_t kRetained = int64_t(512) << 20;
+
+void drop(size_t i) {
+  std::free(buffers[i].at);
+  buffers.erase(buffers.begin() + i);
+}
+
+void* take(int64_t bytes, const int64_t (&key)[8]) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (Buffer& b : buffers)
+    if (!b.taken && b.bytes == bytes && !std::memcmp(b.key, key, sizeof key)) {
+      b.taken = true;
+      return b.at;
+    }
+  int64_t retained = bytes;
+  for (const Buffer& b : buffers) retained += b.bytes;
+  for (size_t i = 0; i < buffers.size() && (retained > kRetained || buffers.size() >= 64);)
+    if (buffers[i].taken)
+      i++;
+    else
+      retained -= buffers[i].bytes, drop(i);
+  Buffer b{nullptr, bytes, {}, true};
+  std::memcpy(b.key, key, sizeof key);
+  // calloc of much memory maps it: pages nobody touches are never there.
+  if (bytes < 0 || bytes > int64_t(1) << 44 || !(b.at = std::calloc(bytes / 64 + 2, 64))) throw std::bad_alloc();
+  buffers.push_back(b);
+  return b.at;
+}
+
+void give(void* at) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (Buffer& b : buffers)
+    if (b.at == at) b.taken = false;
+}
+
+std::vector<Profile> profile;
+bool recording = false;
+
+void record(int layer, int rule, double seconds) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  profile.push_back({layer, rule, seconds});
+}
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+const Engine& choose() {
+#if defined(__x86_64__)
+  const char* wish = std::getenv("MAML_EXT_CPU");
+  auto allowed = [&](const char* name) { return !wish || !*wish || !std::strcmp(wish, name); };
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512 && allowed("avx512")) return engine_avx512;
+  if (avx2 && (allowed("avx2") || allowed("avx512"))) return engine_avx2;
+#endif
+  return engine_base;
+}
+
+}  // namespace
+
+const Engine& engine_for_this_machine() {
+  static const Engine& engine = choose();
+  return engine;
+}
+
+Machine this_machine(int threads, void (*split)(int64_t, int64_t, void*, void (*)(void*, int64_t, int64_t))) {
+  return {threads, split, &take, &give, recording ? &record : nullptr, &seconds_now};
+}
+
+void record_profile(bool on) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  recording = on;
+  if (on) profile.clear();
+}
+
+int64_t profile_entries(const Profile** entries) {
+  *entries = profile.data();
+  return int64_t(profile.size());
+}
+
+}  // namespace maml_ext::engine

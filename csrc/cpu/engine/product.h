@@ -1,0 +1,158 @@
+// The one product everything linear is made of: C[r] (+)= sum over segments, taps s and k of
+//     A[r][tap_a[s] + k * a_step] * B[tap_b[s] + k * b_step]
+// where a row of B and C is `panels` vectors long and the elements of A are broadcast.
+//
+// Forward, A is the input at the positions of the output, a tap is one of the filter, k runs over channels. The
+// input gradient is the same over the output's gradient and the transposed filter. For the filter gradient a row is
+// a (tap, channel) of the input, a tap is one line of an image and k runs along it. Tangents concatenate: for
+// [x' x] [W; W'] there are two segments, and the accumulators are stored once.
+// Included by each build of the engine inside its anonymous namespace: see build.h.
+
+template <class T>
+struct Segment {
+  const T* a;
+  const T* b;
+  int64_t taps;
+  const int64_t* tap_a;
+  const int64_t* tap_b;
+};
+
+template <class T>
+struct Product {
+  T* c;
+  const int32_t* c_rows;   // null: row r is at r * c_step
+  int64_t c_step;
+  const int32_t* a_rows;
+  int64_t rows, vectors;
+  int64_t inner, a_step, b_step;
+  const T* start;          // what every row of C starts from, such as the bias; null: zeros
+  bool accumulate;         // or from what is there
+  Segment<T> segment[2];
+  int segments;
+};
+
+// Rows of accumulators for each width, such that they, a row of B and one element of A fit the registers.
+#if MAML_VECTOR_BYTES == 64
+constexpr int kBlockRows[5] = {0, 12, 10, 8, 6};
+#elif defined(__aarch64__)
+constexpr int kBlockRows[5] = {0, 8, 8, 6, 6};
+#else
+constexpr int kBlockRows[5] = {0, 6, 5, 3, 2};
+#endif
+
+template <class T, int M, int W>
+__attribute__((noinline)) void block_product(const Product<T>& p, int64_t row, int64_t column) {
+  Vec<T> sum[M][W] = {};
+  for (int g = 0; g < p.segments; g++) {
+    const Segment<T>& segment = p.segment[g];
+    const T* a[M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) a[m] = segment.a + p.a_rows[row + m];
+    const int64_t inner = p.inner, a_step = p.a_step, b_step = p.b_step;
+    for (int64_t s = 0; s < segment.taps; s++) {
+      int64_t at = segment.tap_a[s];
+      const T* b = segment.b + segment.tap_b[s] + column;
+      for (int64_t k = 0; k < inner; k++) {
+        Vec<T> bs[W];
+#pragma GCC unroll 4
+        for (int w = 0; w < W; w++) bs[w] = load<T>(b + w * kLanes<T>);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+          const Vec<T> as = splat<T>(a[m][at]);
+#pragma GCC unroll 4
+          for (int w = 0; w < W; w++) sum[m][w] += as * bs[w];
+        }
+        at += a_step;
+        b += b_step;
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++) {
+    T* c = p.c + (p.c_rows ? p.c_rows[row + m] : (row + m) * p.c_step) + column;
+    const T* start = p.accumulate ? c : p.start ? p.start + column : nullptr;
+#pragma GCC unroll 4
+    for (int w = 0; w < W; w++)
+      store<T>(c + w * kLanes<T>, start ? load<T>(start + w * kLanes<T>) + sum[m][w] : sum[m][w]);
+  }
+}
+
+template <class T, int W, int M = kBlockRows[W]>
+INLINE void block_of_rows(const Product<T>& p, int64_t rows, int64_t row, int64_t column) {
+  if (rows == M)
+    block_product<T, M, W>(p, row, column);
+  else if constexpr (M > 1)
+    block_of_rows<T, W, M - 1>(p, rows, row, column);
+}
+
+// All rows of the vectors [first, first + W): in blocks of nearly equal size.
+template <class T, int W>
+void panel_product(const Product<T>& p, int64_t first) {
+  const int64_t blocks = (p.rows + kBlockRows[W] - 1) / kBlockRows[W];
+  for (int64_t i = 0, row = 0; i < blocks; i++) {
+    const int64_t next = p.rows * (i + 1) / blocks;
+    block_of_rows<T, W>(p, next - row, row, first * kLanes<T>);
+    row = next;
+  }
+}
+
+// Vectors [begin, end) of every row.
+template <class T>
+void product(const Product<T>& p, int64_t begin, int64_t end) {
+  while (begin < end) {
+    const int64_t left = end - begin;
+    const int64_t width = left == 5 ? 3 : left < 4 ? left : 4;
+    switch (width) {
+      case 1: panel_product<T, 1>(p, begin); break;
+      case 2: panel_product<T, 2>(p, begin); break;
+      case 3: panel_product<T, 3>(p, begin); break;
+      default: panel_product<T, 4>(p, begin);
+    }
+    begin += width;
+  }
+}
+
+// out[c][r] = in[r][c] for a matrix of rows x columns: tiles of one vector each way in registers.
+template <class T>
+INLINE void transpose_tile(Vec<T>* v) {
+  constexpr int L = kLanes<T>;
+  typename Simd<T>::Int low, high;
+#pragma GCC unroll 8
+  for (int half = L / 2; half; half /= 2) {
+    for (int i = 0; i < L; i++) {
+      low[i] = (i & half) ? (i ^ half) + L : i;
+      high[i] = (i & half) ? i + L : (i | half);
+    }
+#pragma GCC unroll 64
+    for (int r = 0; r < L; r++)
+      if (!(r & half)) {
+        const Vec<T> a = v[r], b = v[r + half];
+        v[r] = __builtin_shuffle(a, b, low);
+        v[r + half] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+
+// `rows` of `in` may be fewer than whole vectors; the columns of both are padded to whole vectors.
+template <class T>
+void transpose(const T* in, int64_t in_step, T* out, int64_t out_step, int64_t rows, int64_t columns) {
+  constexpr int L = kLanes<T>;
+  for (int64_t r = 0; r < rows; r += L)
+    for (int64_t c = 0; c < columns; c += L) {
+      Vec<T> tile[L];
+      const int64_t count = smaller<int64_t>(L, rows - r), lines = smaller<int64_t>(L, columns - c);
+      if (count == L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++) tile[i] = load<T>(in + (r + i) * in_step + c);
+      } else {
+        for (int i = 0; i < L; i++) tile[i] = i < count ? load<T>(in + (r + i) * in_step + c) : Vec<T>{};
+      }
+      transpose_tile<T>(tile);
+      if (lines == L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++) store<T>(out + (c + i) * out_step + r, tile[i]);
+      } else {
+        for (int64_t i = 0; i < lines; i++) store<T>(out + (c + i) * out_step + r, tile[i]);
+      }
+    }
+}

@@ -1,0 +1,107 @@
+// Explicit vectors, and the few mathematical functions the engine needs on them.
+// Included by each build of the engine inside its anonymous namespace: see build.h.
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(MAML_VECTOR_BYTES)));
+  typedef float Unaligned __attribute__((vector_size(MAML_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t Int __attribute__((vector_size(MAML_VECTOR_BYTES)));
+  // exp: round by adding 1.5 * 2^23, the exponent's place, its bias, log(2) in two parts, terms of the series
+  static constexpr float kRound = 12582912.0f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kLargest = 88.0f;
+  static constexpr int kMantissa = 23, kBias = 127, kTerms = 8;
+};
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(MAML_VECTOR_BYTES)));
+  typedef double Unaligned __attribute__((vector_size(MAML_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t Int __attribute__((vector_size(MAML_VECTOR_BYTES)));
+  static constexpr double kRound = 6755399441055744.0, kLn2High = 6.93147180369123816490e-01,
+                          kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kLargest = 708.0;
+  static constexpr int kMantissa = 52, kBias = 1023, kTerms = 14;
+};
+template <class T>
+using Vec = typename Simd<T>::V;
+template <class T>
+constexpr int kLanes = MAML_VECTOR_BYTES / sizeof(T);
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class T>
+INLINE Vec<T> load(const T* p) {
+  return *(const typename Simd<T>::Unaligned*)p;
+}
+template <class T>
+INLINE void store(T* p, Vec<T> v) {
+  *(typename Simd<T>::Unaligned*)p = v;
+}
+template <class T>
+INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+template <class T>
+INLINE T sum_of_lanes(Vec<T> v, int64_t lanes = kLanes<T>) {
+  T sum = 0;
+  for (int64_t i = 0; i < lanes; i++) sum += v[i];
+  return sum;
+}
+template <class T>
+INLINE Vec<T> select(typename Simd<T>::Int mask, Vec<T> a, Vec<T> b) {
+  return mask ? a : b;
+}
+
+// A function of one lane applied to all: for what has no vector form here.
+template <class T, class F>
+INLINE Vec<T> by_lane(Vec<T> x, F f) {
+  for (int i = 0; i < kLanes<T>; i++) x[i] = f(x[i]);
+  return x;
+}
+
+// e^x - 1 where `minus_one`, else e^x, saturating at +-kLargest. x = n log 2 + r, |r| <= log(2) / 2, then the Taylor
+// series of e^r - 1, whose relative error stays at rounding near 0. NaN stays NaN.
+template <class T, bool minus_one>
+INLINE Vec<T> exponential(Vec<T> x) {
+  typedef Simd<T> S;
+  x = x > S::kLargest ? splat<T>(S::kLargest) : x;
+  x = x < -S::kLargest ? splat<T>(-S::kLargest) : x;
+  const Vec<T> n = (x * T(1.4426950408889634074) + S::kRound) - S::kRound;
+  const Vec<T> r = (x - n * S::kLn2High) - n * S::kLn2Low;
+  T factorial = 1;
+  for (int i = 2; i <= S::kTerms; i++) factorial *= i;
+  T coefficient = 1 / factorial;
+  Vec<T> series = splat<T>(coefficient);
+#pragma GCC unroll 16
+  for (int i = S::kTerms; i > 1; i--) {
+    coefficient *= i;
+    series = series * r + coefficient;
+  }
+  const auto bits = (__builtin_convertvector(n, typename S::Int) + S::kBias) << S::kMantissa;
+  const Vec<T> scale = (Vec<T>)bits;
+  return scale * (series * r) + (minus_one ? scale - 1 : scale);
+}
+
+template <class T>
+INLINE Vec<T> vector_exp(Vec<T> x) {
+  return exponential<T, false>(x);
+}
+template <class T>
+INLINE Vec<T> vector_sigmoid(Vec<T> x) {
+  return 1 / (1 + exponential<T, false>(-x));
+}
+template <class T>
+INLINE Vec<T> vector_tanh(Vec<T> x) {
+  const Vec<T> e = exponential<T, true>(2 * x);
+  return e / (e + 2);
+}
+
+template <class A>
+INLINE A smaller(A a, A b) {
+  return a < b ? a : b;
+}
+template <class A>
+INLINE A larger(A a, A b) {
+  return a > b ? a : b;
+}

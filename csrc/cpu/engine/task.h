@@ -1,0 +1,595 @@
+// One task after another: the inner loop, the loss, the adjoint recursion.
+
+// Memory in a row; with a null base it only counts.
+struct Bump {
+  char* base;
+  int64_t used;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* result = base ? (T*)(base + used) : nullptr;
+    used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return result;
+  }
+};
+
+// out[c][r] = in[r][c], neither padded: whole tiles in registers, the rest one by one.
+template <class T>
+void transpose_exactly(const T* in, int64_t in_step, T* out, int64_t out_step, int64_t rows, int64_t columns) {
+  constexpr int L = kLanes<T>;
+  for (int64_t r = 0; r < rows; r += L)
+    for (int64_t c = 0; c < columns; c += L) {
+      if (r + L <= rows && c + L <= columns) {
+        transpose<T>(in + r * in_step + c, in_step, out + c * out_step + r, out_step, L, L);
+        continue;
+      }
+      for (int64_t i = r; i < smaller(rows, r + L); i++)
+        for (int64_t j = c; j < smaller(columns, c + L); j++) out[j * out_step + i] = in[i * in_step + j];
+    }
+}
+
+template <class T>
+INLINE int64_t padded(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+// Between PyTorch's layout of a parameter and the engine's.
+template <class T, bool to_engine, class Source, class Target>
+void convert(const Slot& s, Source* theirs, Target* ours) {
+  const int64_t pitch = padded<T>(s.outputs);
+  auto move = [&](int64_t their, int64_t our) {
+    if constexpr (to_engine)
+      ours[our] = theirs[their];
+    else
+      theirs[their] = ours[our];
+  };
+  if (s.kind == kFilter && s.taps == 1 && s.groups == 1) {
+    if constexpr (to_engine)
+      transpose_exactly<T>(theirs, s.inputs, ours, pitch, s.outputs, s.inputs);
+    else
+      transpose_exactly<T>(ours, pitch, theirs, s.inputs, s.inputs, s.outputs);
+  } else if (s.kind == kFilter) {
+    const int64_t inputs = s.inputs / s.groups, outputs = s.outputs / s.groups;
+    if constexpr (to_engine)
+      if (s.groups > 1)
+        for (int64_t i = 0; i < s.taps * s.inputs * pitch; i++) ours[i] = 0;
+    for (int64_t o = 0; o < s.outputs; o++)
+      for (int64_t i = 0; i < inputs; i++)
+        for (int64_t t = 0; t < s.taps; t++)
+          move((o * inputs + i) * s.taps + t, (t * s.inputs + o / outputs * inputs + i) * pitch + o);
+  } else {
+    const int64_t positions = s.kind == kElements ? s.height * s.width : 1;
+    for (int64_t p = 0; p < positions; p++)
+      for (int64_t k = 0; k < s.outputs; k++) move(k * positions + p, p * pitch + k);
+  }
+}
+template <class T>
+void to_engine(const Network& net, bool fixed, const T* theirs, T* ours) {
+  for (int i = 0; i < net.slots; i++)
+    if (net.slot[i].fixed == fixed) convert<T, true>(net.slot[i], theirs + net.slot[i].source, ours + net.slot[i].at);
+}
+template <class T>
+void from_engine(const Network& net, const T* ours, T* theirs) {
+  for (int i = 0; i < net.slots; i++)
+    if (!net.slot[i].fixed) convert<T, false>(net.slot[i], theirs + net.slot[i].source, ours + net.slot[i].at);
+}
+
+// The filters transposed, for the gradients of inputs.
+template <class T>
+void transpose_filters(const Network& net, const Parameters<T>& p, T* out) {
+  for (int i = 0; i < net.slots; i++) {
+    const Slot& s = net.slot[i];
+    const T* filter = s.transposed < 0 ? nullptr : p.slot(s);
+    if (!filter) continue;
+    const int64_t outputs = padded<T>(s.outputs), inputs = padded<T>(s.inputs);
+    for (int64_t t = 0; t < s.taps; t++)
+      transpose<T>(filter + t * s.inputs * outputs, outputs, out + s.transposed + t * s.outputs * inputs, inputs,
+                   s.inputs, s.outputs);
+  }
+}
+
+// Sum of a * b over real parameters: what is in the padding never counts.
+template <class T>
+double dot(const Network& net, const T* a, const T* b) {
+  double total = 0;
+  for (int i = 0; i < net.slots; i++) {
+    const Slot& s = net.slot[i];
+    if (s.fixed) continue;
+    const int64_t pitch = padded<T>(s.outputs), whole = s.outputs / kLanes<T> * kLanes<T>;
+    for (int64_t row = s.at; row < s.at + s.extent; row += pitch) {
+      Vec<T> sum{};
+      for (int64_t k = 0; k < whole; k += kLanes<T>) sum += load<T>(a + row + k) * load<T>(b + row + k);
+      total += sum_of_lanes<T>(sum);
+      for (int64_t k = whole; k < s.outputs; k++) total += double(a[row + k]) * b[row + k];
+    }
+  }
+  return total;
+}
+
+// a * scale [* rate] [+ base] for every parameter, the one element-wise pass there is.
+template <class T>
+void combine_parameters(int64_t count, T* to, const T* base, const T* a, T scale, const T* rate) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    Vec<T> v = scale * load<T>(a + i);
+    if (rate) v *= load<T>(rate + i);
+    store<T>(to + i, base ? load<T>(base + i) + v : v);
+  }
+}
+
+enum Rule : int { kForward, kBackward, kTangentForward, kTangentBackward };
+
+template <class T>
+struct Rules {
+  typedef void (*Function)(const Context<T>&, const Layer&);
+  template <class L>
+  static Function of(int rule) {
+    constexpr Function all[4] = {&L::forward, &L::backward, &L::tangent_forward, &L::tangent_backward};
+    return all[rule];
+  }
+  static Function function(const Layer& l, int rule) {
+    Function block = nullptr;
+    switch (l.kind) {
+      case kContract: return of<Contract<T>>(rule);
+      case kNorm: return of<SampleNorm<T>>(rule);
+      case kPool:
+      case kAverage: return of<Pool<T>>(rule);
+      case kReshape: return of<Reshape<T>>(rule);
+      case kCombine: return of<Combine<T>>(rule);
+      case kSoftmax: return of<Softmax<T>>(rule);
+      default:
+        with_activation(l.activation, [&](auto act) {
+          block = l.pooled ? of<Block<T, decltype(act), true>>(rule) : of<Block<T, decltype(act), false>>(rule);
+        });
+        return block;
+    }
+  }
+};
+
+// The working memory of one task, and what is done with it.
+template <class T>
+struct Task {
+  const Call<T>& call;
+  const Machine& machine;
+  const Network& net;
+  Crew crew;
+  int64_t kept_frames;      // 0: the adjoint recursion computes values anew
+  Frame<T> *frames;         // of the support set, one for each step; or one
+  Frame<T> query, tangent;
+  T *theta, *constants;     // theta_0 .. theta_K in a row (or two that take turns, where nobody looks back)
+  T *gradients;             // of the last step, or of each where they are wanted later
+  T *lambda, *direction, *hessian;
+  T *transposed, *transposed_direction;
+  T *rates;                 // per parameter: rows in the engine's layout
+  int64_t *kept;            // the samples with a weight, where others are left out
+  const T* class_weight;
+
+  static bool adapts(Mode m) { return m == kAdapt || m == kMeta; }
+  static bool recurs(Mode m) { return m == kAdjoint || m == kMeta; }
+  static bool differentiates_twice(const Call<T>& c) {
+    return (recurs(c.mode) && !c.first_order) || c.mode == kPullTangent || c.mode == kScoreTangent;
+  }
+  bool many_thetas() const { return recurs(call.mode); }
+  bool many_gradients() const { return call.to_rates && kept_frames; }
+  T* theta_at(int64_t k) const { return theta + (many_thetas() ? k : k % 2) * net.adapted; }
+  T* gradient_at(int64_t k) const { return gradients + (many_gradients() ? k : 0) * net.adapted; }
+  const Frame<T>& frame_at(int64_t k) const { return frames[kept_frames ? k : 0]; }
+
+  Frame<T> frame(Bump& m, int64_t samples) const {
+    Frame<T> f{};
+    f.samples = f.count = samples;
+    f.values = m.take<T>(net.frame_sample * samples);
+    f.gradients = m.take<T>(net.frame_sample * samples);
+    f.saved = m.take<T>(net.frame_saved + net.frame_saved_sample * samples);
+    return f;
+  }
+
+  void lay_out(Bump& m) {
+    const int64_t support = call.support.samples, asked = call.query.samples;
+    frames = m.take<Frame<T>>(larger<int64_t>(1, kept_frames));
+    if (support)
+      for (int64_t k = 0; k < larger<int64_t>(1, kept_frames); k++) {
+        const Frame<T> f = frame(m, support);
+        if (m.base) frames[k] = f;
+      }
+    if (asked) query = frame(m, asked);
+    if (differentiates_twice(call)) tangent = frame(m, larger(call.mode == kMeta ? 0 : asked, support));
+    theta = m.take<T>(net.adapted * (many_thetas() ? call.steps + 1 : 2));
+    constants = m.take<T>(net.fixed);
+    gradients = m.take<T>(net.adapted * (many_gradients() ? larger<int64_t>(1, call.steps) : 1));
+    lambda = m.take<T>(net.adapted);
+    direction = m.take<T>(net.adapted);
+    hessian = m.take<T>(net.adapted);
+    transposed = m.take<T>(net.transposed);
+    transposed_direction = m.take<T>(net.transposed);
+    rates = m.take<T>(call.per_parameter ? call.rate_rows * net.adapted : 0);
+    kept = m.take<int64_t>(larger(support, asked));
+  }
+
+  // What does not change from task to task.
+  void begin() {
+    if (call.constants) to_engine<T>(net, true, call.constants, constants);
+    if (call.per_parameter)
+      for (int64_t r = 0; r < call.rate_rows; r++)
+        to_engine<T>(net, false, call.rates + r * net.parameters, rates + r * net.adapted);
+    class_weight = net.loss.class_weight < 0 ? nullptr : constants + net.slot[net.loss.class_weight].at;
+  }
+
+  void rule(int which, int layer, const Context<T>& c) const {
+    const Layer& l = net.layer[layer];
+    if (!net.has_tangent[l.out] && which != kForward) return;  // nothing adapted before it: neither tangent nor gradient
+    const double start = machine.record ? machine.clock() : 0;
+    Rules<T>::function(l, which)(c, l);
+    if (machine.record) machine.record(layer, which, machine.clock() - start);
+  }
+  void all(int which, const Context<T>& c) const {
+    if (which == kForward || which == kTangentForward)
+      for (int i = 0; i < net.layers; i++) rule(which, i, c);
+    else
+      for (int i = net.layers; i-- > 0;) rule(which, i, c);
+  }
+
+  Context<T> context(const Frame<T>& f, const T* parameters, T* to) const {
+    Context<T> c{net, crew, f, tangent, {parameters, constants, transposed}, {direction, nullptr, transposed_direction}, to};
+    c.t.samples = f.samples, c.t.count = f.count;
+    return c;
+  }
+  Target<T> target(const Data<T>& data, int64_t t, bool compact) const {
+    const Value& v = last();
+    const int64_t size = v.c * v.h * v.w * data.samples;
+    return {data.y ? data.y + t * size : nullptr, data.labels ? data.labels + t * data.samples * v.h * v.w : nullptr,
+            data.weight ? data.weight + t * data.samples : nullptr, compact ? kept : nullptr};
+  }
+  const Value& last() const { return net.value[net.layers ? net.layer[net.layers - 1].out : 0]; }
+  static int64_t size(const Value& v) { return v.c * v.h * v.w; }
+
+  template <class D>
+  D loss(const Frame<T>& f, const Data<T>& data, int64_t t, bool compact, double sign) const {
+    const int64_t size_y = size(last()) * data.samples;
+    Target<T> directions{};
+    if (data.y_t) directions.y = data.y_t + t * size_y;
+    if (data.weight_t) directions.weight = data.weight_t + t * data.samples;
+    LossRule<T, D> rule{net, last(), f, tangent, target(data, t, compact), directions,
+                        data.to_y ? data.to_y + t * size_y : nullptr,
+                        data.to_weight ? data.to_weight + t * data.samples : nullptr, sign, class_weight};
+    rule.t.samples = f.samples, rule.t.count = f.count;
+    return rule.run();
+  }
+
+  // Between a value of the frame and [N, C, H, W] of task t.
+  template <bool load_it>
+  void exchange(const Value& v, T* ours, const T* from, T* to, int64_t t, int64_t samples, bool compact, int64_t count,
+                T sign) const {
+    crew.each(count, 4 * size(v), [&](int64_t n) {
+      const int64_t at = (t * samples + (compact ? kept[n] : n)) * size(v);
+      for (int64_t k = 0; k < v.c; k++)
+        for (int64_t y = 0; y < v.h; y++)
+          for (int64_t x = 0; x < v.w; x++) {
+            T& value = ours[n * v.image + v.origin + y * v.row + x * v.pitch + k];
+            const int64_t theirs = at + (k * v.h + y) * v.w + x;
+            if constexpr (load_it)
+              value = from[theirs];
+            else
+              to[theirs] += sign * value;
+          }
+    });
+  }
+  void give_back(const Value& v, T* ours, T* to, int64_t t, const Data<T>& data, const Frame<T>& f, bool compact,
+                 T sign) const {
+    if (to) exchange<false>(v, ours, nullptr, to, t, data.samples, compact, f.count, sign);
+  }
+
+  // Loads the samples of task t; those of weight 0 are left out, unless somebody wants the gradient of weights.
+  bool load_samples(Frame<T>& f, const Data<T>& data, int64_t t) const {
+    bool compact = false;
+    f.count = data.samples;
+    if (data.weight && !data.to_weight && !data.weight_t) {
+      int64_t count = 0;
+      for (int64_t n = 0; n < data.samples; n++)
+        if (data.weight[t * data.samples + n] != 0) kept[count++] = n;
+      compact = count < data.samples;
+      f.count = count;
+    }
+    const Value& v = net.value[0];
+    exchange<true>(v, f.value(v) - v.origin, data.x, nullptr, t, data.samples, compact, f.count, 1);
+    return compact;
+  }
+
+  void load_theta(T* to, const T* from, int64_t t, bool shared) const {
+    to_engine<T>(net, false, shared ? from : from + t * net.parameters, to);
+  }
+  T rate(int64_t k) const { return call.rates[call.rate_rows > 1 ? k : 0]; }
+  const T* rate_row(int64_t k) const {
+    return call.per_parameter ? rates + (call.rate_rows > 1 ? k : 0) * net.adapted : nullptr;
+  }
+
+  // Parameters that no layer reads go through unchanged: [P] of task t is copied before what the network has is set.
+  void copy_theta(T* to, int64_t t) const {
+    const T* from = call.theta + (call.shared ? 0 : t * net.parameters);
+    for (int64_t i = 0; i < net.parameters; i++) to[t * net.parameters + i] = from[i];
+  }
+
+  void gradient_of_step(const Frame<T>& f, const T* parameters, T* to, int64_t t, bool compact) const {
+    const Context<T> c = context(f, parameters, to);
+    transpose_filters<T>(net, c.p, transposed);
+    all(kForward, c);
+    Data<T> silent = call.support;
+    silent.to_y = silent.to_weight = nullptr;
+    loss<double>(f, silent, t, compact, 1);
+    all(kBackward, c);
+  }
+
+  // Returns whether samples were left out.
+  bool adapt(int64_t t) const {
+    const bool compact = load_samples(frames[0], call.support, t);
+    const Value& x = net.value[0];
+    for (int64_t k = 1; k < kept_frames; k++) {
+      frames[k].count = frames[0].count;
+      const T* from = frames[0].value(x) - x.origin;
+      T* to = frames[k].value(x) - x.origin;
+      for (int64_t i = 0; i < x.image * frames[0].count; i++) to[i] = from[i];
+    }
+    for (int64_t k = 0; k < call.steps; k++) {
+      T* g = gradient_at(k);
+      gradient_of_step(frame_at(k), theta_at(k), g, t, compact);
+      combine_parameters<T>(net.adapted, theta_at(k + 1), theta_at(k), g, call.per_parameter ? T(-1) : -rate(k),
+                            rate_row(k));
+      if (call.mode != kAdapt) continue;
+      copy_theta(call.to_trajectory[k], t);
+      from_engine<T>(net, theta_at(k + 1), call.to_trajectory[k] + t * net.parameters);
+    }
+    return compact;
+  }
+
+  void tangent_pass(const Context<T>& c) const {
+    transpose_filters<T>(net, c.d, transposed_direction);
+    all(kTangentForward, c);
+  }
+
+  // lambda_K -> lambda_0, with the gradients of rates and of the support set on the way. `to_rates` is an
+  // accumulator of the caller: a number for each row, or a row in the engine's layout.
+  void recur(int64_t t, bool compact, double* to_rate, T* to_rate_rows) const {
+    for (int64_t k = call.steps; k-- > 0;) {
+      if (call.mode == kAdjoint) add_cotangent(k, t);
+      const bool anew = !kept_frames && (!call.first_order || call.to_rates);
+      Frame<T> f = frame_at(k);
+      T* g = gradient_at(k);
+      if (anew)
+        gradient_of_step(f, theta_at(k), g, t, compact);
+      const int64_t row = call.rate_rows > 1 ? k : 0;
+      if (to_rate) to_rate[row] -= dot<T>(net, lambda, g);
+      if (to_rate_rows) {
+        T* sum = to_rate_rows + row * net.adapted;
+        for (int64_t i = 0; i < net.adapted; i++) sum[i] -= lambda[i] * g[i];
+      }
+      if (call.first_order) continue;
+      combine_parameters<T>(net.adapted, direction, nullptr, lambda, call.per_parameter ? T(1) : rate(k), rate_row(k));
+      const Context<T> c = context(f, theta_at(k), hessian);
+      if (!anew) transpose_filters<T>(net, c.p, transposed);
+      tangent_pass(c);
+      loss<Dual>(f, call.support, t, compact, -1);
+      all(kTangentBackward, c);
+      combine_parameters<T>(net.adapted, lambda, lambda, hessian, T(-1), nullptr);
+      if (net.input_active)
+        give_back(net.value[0], c.t.gradient(net.value[0]) - net.value[0].origin, call.support.to_x, t, call.support,
+                  f, compact, T(-1));
+    }
+  }
+
+  void add_cotangent(int64_t k, int64_t t) const {
+    if (!call.cotangents[k]) return;
+    // By way of `hessian`, which is free here.
+    load_theta(hessian, call.cotangents[k], t, false);
+    combine_parameters<T>(net.adapted, lambda, lambda, hessian, T(1), nullptr);
+  }
+
+  // Gradients of parameters that no layer reads: 0, or for the inner loop what comes in goes out.
+  void store_theta_gradient(const T* from, int64_t t) const {
+    T* to = call.to_theta + t * net.parameters;
+    for (int64_t i = 0; i < net.parameters; i++) {
+      T sum = 0;
+      if (call.mode == kAdjoint)
+        for (int64_t k = 0; k < call.steps; k++)
+          if (call.cotangents[k]) sum += call.cotangents[k][t * net.parameters + i];
+      to[i] = sum;
+    }
+    from_engine<T>(net, from, to);
+  }
+
+  void set_direction(int64_t t) const {
+    if (call.theta_t)
+      load_theta(direction, call.theta_t, t, call.shared_t);
+    else
+      for (int64_t i = 0; i < net.adapted; i++) direction[i] = 0;
+  }
+  void set_input_tangent(const Frame<T>& f, int64_t t, bool compact) const {
+    if (!net.input_active) return;
+    const Value& v = net.value[0];
+    T* to = context(f, theta, nullptr).t.value(v) - v.origin;
+    if (call.query.x_t)
+      exchange<true>(v, to, call.query.x_t, nullptr, t, call.query.samples, compact, f.count, 1);
+    else
+      for (int64_t i = 0; i < v.image * f.count; i++) to[i] = 0;
+  }
+
+  // The whole call for task t. `sum` collects lambda_0 over tasks where the call reduces.
+  void run(int64_t t, T* sum, double* to_rate, T* to_rate_rows) {
+    const Value &x = net.value[0], &y = last();
+    load_theta(theta_at(0), call.theta, t, call.shared);
+    const T* scored = theta_at(0);
+    if (call.mode == kAdapt) {
+      adapt(t);
+      return;
+    }
+    if (call.mode == kAdjoint) {
+      for (int64_t k = 1; k < call.steps; k++) load_theta(theta_at(k), call.trajectory[k - 1], t, false);
+      for (int64_t i = 0; i < net.adapted; i++) lambda[i] = 0;
+      const bool compact = load_samples(frames[0], call.support, t);
+      recur(t, compact, to_rate, to_rate_rows);
+      store_theta_gradient(lambda, t);
+      return;
+    }
+    bool support_compact = false;
+    if (call.mode == kMeta) {
+      support_compact = adapt(t);
+      scored = theta_at(call.steps);
+    }
+    const bool compact = load_samples(query, call.query, t);
+    Context<T> c = context(query, scored, call.mode == kMeta ? lambda : gradients);
+    if (call.mode != kPredict) transpose_filters<T>(net, c.p, transposed);
+    all(kForward, c);
+    switch (call.mode) {
+      case kPredict:
+        give_back(y, query.value(y) - y.origin, call.prediction, t, call.query, query, false, 1);
+        return;
+      case kPull:
+      case kPullTangent:
+        exchange<true>(y, query.gradient(y) - y.origin, call.cotangent, nullptr, t, call.query.samples, false,
+                       query.count, 1);
+        break;
+      default: {
+        Data<T> data = call.query;
+        if (call.mode == kScoreTangent) data.to_y = data.to_weight = nullptr;
+        const double value = loss<double>(query, data, t, compact, 1);
+        if (call.loss) call.loss[t] = T(value);
+      }
+    }
+    if (call.mode == kScore && !call.to_theta && !call.query.to_x) return;
+    all(kBackward, c);
+    if (call.mode == kPullTangent || call.mode == kScoreTangent) {
+      set_direction(t);
+      set_input_tangent(query, t, compact);
+      c.gradients = hessian;
+      tangent_pass(c);
+      if (call.mode == kPullTangent) {
+        give_back(y, c.t.value(y) - y.origin, call.prediction, t, call.query, query, false, 1);
+        // The cotangent is held: its tangent is 0. (Its gradient is what was just given back.)
+        for (int64_t n = 0; n < query.count; n++)
+          for (int64_t i = 0; i < y.h * y.row; i++) c.t.gradient(y, n)[i] = 0;
+      } else {
+        loss<Dual>(query, call.query, t, compact, 1);
+      }
+      all(kTangentBackward, c);
+      store_theta_gradient(hessian, t);
+      if (net.input_active)
+        give_back(x, c.t.gradient(x) - x.origin, call.query.to_x, t, call.query, query, compact, 1);
+      return;
+    }
+    if (net.input_active) give_back(x, query.gradient(x) - x.origin, call.query.to_x, t, call.query, query, compact, 1);
+    if (call.mode != kMeta) {
+      if (call.to_theta) store_theta_gradient(gradients, t);
+      return;
+    }
+    if (support_compact) load_samples(frames[0], call.support, t);  // `kept` held the query's
+    recur(t, support_compact, to_rate, to_rate_rows);
+    if (sum)
+      combine_parameters<T>(net.adapted, sum, sum, lambda, T(1), nullptr);
+    else
+      store_theta_gradient(lambda, t);
+  }
+};
+
+// Frames are kept for all steps where they take less than this, in bytes for each task at work; else the adjoint
+// recursion computes values and gradients of a step once more.
+constexpr int64_t kKeepFrames = int64_t(48) << 20;
+// Tasks are not shared out where that would take more than this, but each is worked on by all threads.
+constexpr int64_t kSideBySide = int64_t(96) << 20;
+
+template <class T>
+Task<T> plan_task(const Call<T>& call, const Machine& machine, Crew crew, int64_t& bytes) {
+  Task<T> task{call, machine, *call.net, crew};
+  const int64_t frame = (2 * call.net->frame_sample + call.net->frame_saved_sample) * call.support.samples * sizeof(T);
+  task.kept_frames = call.mode == kMeta && !call.first_order && frame * call.steps <= kKeepFrames ? call.steps : 0;
+  Bump count{nullptr, 0};
+  task.lay_out(count);
+  bytes = count.used;
+  return task;
+}
+
+// Tasks in groups, so that sums over tasks have an order that no number of threads changes; groups shared out over
+// workers, each with the memory of one task.
+template <class T>
+struct Work {
+  const Call<T>& call;
+  const Machine& machine;
+  Crew crew;
+  int64_t groups, workers;
+  int64_t extent, numbers;  // of the sums of a group: parameters, single rates
+  double* rate_sums;
+  T* theta_sums;
+  char* const* memory;
+
+  void group(Task<T>& task, int64_t g) const {
+    T* sums = theta_sums + g * extent;
+    double* to_rate = numbers ? rate_sums + g * numbers : nullptr;
+    T* rows = call.to_rates && call.per_parameter ? sums + (call.reduce ? call.net->adapted : 0) : nullptr;
+    for (int64_t t = call.tasks * g / groups; t < call.tasks * (g + 1) / groups; t++)
+      task.run(t, call.reduce ? sums : nullptr, to_rate, rows);
+  }
+
+  static void some(void* context, int64_t begin, int64_t end) {
+    const Work& w = *(const Work*)context;
+    for (int64_t worker = begin; worker < end; worker++) {
+      int64_t bytes = 0;
+      Task<T> task = plan_task<T>(w.call, w.machine, w.crew, bytes);
+      Bump memory{w.memory[worker], 0};
+      task.lay_out(memory);
+      task.begin();
+      for (int64_t g = w.groups * worker / w.workers; g < w.groups * (worker + 1) / w.workers; g++) w.group(task, g);
+    }
+  }
+};
+
+template <class T>
+void run(const Call<T>& call, const Machine& machine) {
+  const Network& net = *call.net;
+  int64_t bytes = 0;
+  const Task<T> planned = plan_task<T>(call, machine, {nullptr}, bytes);
+  const int64_t threads = machine.threads, tasks = call.tasks;
+  const bool side_by_side =
+      threads == 1 || ((tasks >= 4 * threads || tasks % threads == 0) && bytes * threads <= kSideBySide);
+  const int64_t adapted = call.reduce ? net.adapted : 0;
+  const bool rows = call.to_rates && call.per_parameter;
+  Work<T> work{call, machine, {side_by_side ? nullptr : machine.split}, tasks, 1};
+  work.extent = adapted + (rows ? call.rate_rows * net.adapted : 0);
+  work.numbers = call.to_rates && !rows ? call.rate_rows : 0;
+  constexpr int64_t kSums = int64_t(8) << 20;  // bytes
+  if (work.extent)
+    work.groups = smaller(tasks, larger<int64_t>(8, kSums / (work.extent * int64_t(sizeof(T)))));
+  work.workers = side_by_side ? smaller(threads, work.groups) : 1;
+
+  constexpr int64_t kWorkers = 1024;
+  char* memory[kWorkers];
+  work.workers = smaller(work.workers, kWorkers);
+  const int64_t key[8] = {net.serial, call.mode, call.support.samples, call.query.samples, call.steps,
+                          planned.kept_frames, rows ? call.rate_rows : call.per_parameter, planned.many_gradients()};
+  for (int64_t w = 0; w < work.workers; w++) memory[w] = (char*)machine.take(bytes, key);
+  const int64_t none[8] = {-1};
+  const int64_t numbers_bytes = (work.groups * work.numbers * int64_t(sizeof(double)) + 63) / 64 * 64;
+  char* sums = (char*)machine.take(numbers_bytes + work.groups * work.extent * int64_t(sizeof(T)), none);
+  work.memory = memory;
+  work.rate_sums = (double*)sums;
+  work.theta_sums = (T*)(sums + numbers_bytes);
+  for (int64_t i = 0; i < work.groups * work.numbers; i++) work.rate_sums[i] = 0;
+  for (int64_t i = 0; i < work.groups * work.extent; i++) work.theta_sums[i] = 0;
+
+  if (work.workers > 1)
+    machine.split(work.workers, 1, &work, &Work<T>::some);
+  else
+    Work<T>::some(&work, 0, 1);
+
+  for (int64_t g = 1; g < work.groups; g++) {
+    for (int64_t i = 0; i < work.extent; i++) work.theta_sums[i] += work.theta_sums[g * work.extent + i];
+    for (int64_t i = 0; i < work.numbers; i++) work.rate_sums[i] += work.rate_sums[g * work.numbers + i];
+  }
+  auto unload = [&](const T* from, T* to) {
+    for (int64_t i = 0; i < net.parameters; i++) to[i] = 0;
+    from_engine<T>(net, from, to);
+  };
+  if (call.reduce) unload(work.theta_sums, call.to_theta);
+  for (int64_t i = 0; i < work.numbers; i++) call.to_rates[i] = T(work.rate_sums[i]);
+  if (rows)
+    for (int64_t r = 0; r < call.rate_rows; r++)
+      unload(work.theta_sums + adapted + r * net.adapted, call.to_rates + r * net.parameters);
+  machine.give(sums);
+  for (int64_t w = 0; w < work.workers; w++) machine.give(memory[w]);
+}

@@ -1,0 +1,312 @@
+"""The operators of the CPU engine: whole inner loops, losses with gradients, and their derivatives, in one call each.
+
+Every operator takes a network program (``maml_ext.recognise`` says what its integers and numbers mean), the
+constants it refers to, parameters ``theta`` (``[P]`` or ``[T, P]``) and data of all tasks (``[T, N, ...]``), and
+returns a list of tensors; what was not wanted has no elements. Gradients for shared parameters come a task each,
+``[T, P]``. With L the loss of a task and f its prediction:
+
+    predict        f
+    pull           gradients of <cotangent, f> by theta and x
+    pull_tangent   derivative of f, and of what pull gives, along (theta_t, x_t)
+    score          L and its gradients by theta, x, y and weight
+    score_tangent  derivative of those gradients along (theta_t, x_t, y_t, weight_t): Hessian-vector products
+    adapt          theta_1 .. theta_K
+    adjoint        the adjoint recursion from cotangents of the theta_{k+1} numbered by `at`
+    meta           adapt, score and adjoint in one: losses and meta-gradients
+
+They are differentiable as far as the list reaches and raise beyond; ``maml_ext.compiled`` goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import library
+
+_PROGRAM = "int[] program, float[] numbers, Tensor? constants, Tensor theta"
+
+
+def _needs(*tensors) -> list[int]:
+    return [int(isinstance(t, Tensor) and t.requires_grad) for t in tensors]
+
+
+def _like_theta(gradient: Tensor, theta: Tensor) -> Tensor:
+    """A gradient ``[T, P]`` for parameters that may be shared."""
+    return gradient.sum(0) if theta.dim() == 1 else gradient
+
+
+def _present(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None or gradient.numel() == 0 else gradient
+
+
+def _scaled(scale: Tensor, gradient: Tensor) -> Tensor:
+    return scale.reshape(-1, *[1] * (gradient.dim() - 1)) * gradient
+
+
+def _total(*terms: Tensor | None) -> Tensor | None:
+    terms = [t for t in terms if t is not None]
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+class _Rule(torch.autograd.Function):
+    """An operator as a Function: ``apply(operator, rule, arguments)`` of which some are tensors that need gradients.
+
+    ``rule(arguments, outputs, cotangents)`` returns a dict from number of the argument to its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, operator, rule, spec, *leaves):
+        arguments = torch.utils._pytree.tree_unflatten(leaves, spec)
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = operator(*arguments)
+        ctx.rule, ctx.spec = rule, spec
+        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(leaf if isinstance(leaf, Tensor) else None for leaf in leaves), *outputs)
+        empty = [o for o in outputs if o.numel() == 0]
+        ctx.mark_non_differentiable(*empty)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        n = len(ctx.others)
+        saved = ctx.saved_tensors
+        leaves = [s if o is None else o for s, o in zip(saved, ctx.others)]
+        arguments = torch.utils._pytree.tree_unflatten(leaves, ctx.spec)
+        gradients = ctx.rule(arguments, saved[n:], [_present(c) for c in cotangents])
+        places = torch.utils._pytree.tree_unflatten(list(range(n)), ctx.spec)
+        result = [None] * n
+        for i, gradient in gradients.items():
+            if isinstance(places[i], int) and ctx.needs_input_grad[3 + places[i]]:
+                result[places[i]] = gradient
+        return None, None, None, *result
+
+
+def _autograd(name: str, rule: Callable) -> Callable:
+    def kernel(*arguments):
+        leaves, spec = torch.utils._pytree.tree_flatten(list(arguments))
+        return list(_Rule.apply(getattr(torch.ops.maml_ext, name), rule, spec, *leaves))
+
+    return kernel
+
+
+def _refuse(name: str) -> Callable:
+    def rule(arguments, outputs, cotangents):
+        raise RuntimeError(
+            f"maml_ext::{name} has no further derivative; maml_ext's functions, or backend='torch', differentiate "
+            f"to any order"
+        )
+
+    return rule
+
+
+def _loop(name: str) -> Callable:
+    """The batching rule: tasks are the batch the engine knows, so another one is a loop."""
+
+    def rule(info, in_dims, *arguments):
+        def pick(argument, dim, b):
+            if isinstance(argument, (list, tuple)) and isinstance(dim, (list, tuple)):
+                return [pick(a, d, b) for a, d in zip(argument, dim)]
+            return argument.select(dim, b) if isinstance(dim, int) else argument
+
+        results = [
+            getattr(torch.ops.maml_ext, name)(*(pick(a, d, b) for a, d in zip(arguments, in_dims)))
+            for b in range(info.batch_size)
+        ]
+        return [torch.stack(column) for column in zip(*results)], [0] * len(results[0])
+
+    return rule
+
+
+def _define(name: str, arguments: str, fake: Callable, rule: Callable) -> None:
+    def formula(*_):
+        raise RuntimeError(f"maml_ext::{name} runs on CPU tensors of the compiled package: {library.ABSENT or 'no CPU'}")
+
+    library.define(
+        f"{name}({_PROGRAM}, {arguments}) -> Tensor[]",
+        formula=formula,
+        fake=fake,
+        autograd=_autograd(name, rule),
+        vmap=_loop(name),
+    )
+
+
+def _wanted(flag, like: Tensor, *shape) -> Tensor:
+    return like.new_empty(shape if flag else (0,))
+
+
+# predict, pull, pull_tangent
+
+
+def _predict_fake(program, numbers, constants, theta, x, prediction):
+    return [theta.new_empty((*x.shape[:2], *prediction))]
+
+
+def _predict_rule(arguments, outputs, cotangents):
+    program, numbers, constants, theta, x, _ = arguments
+    wanted = _needs(theta, x)
+    to_theta, to_x = torch.ops.maml_ext.pull(program, numbers, constants, theta, x, cotangents[0], wanted)
+    return {3: _like_theta(to_theta, theta) if wanted[0] else None, 4: to_x}
+
+
+def _pull_fake(program, numbers, constants, theta, x, cotangent, wanted):
+    return [_wanted(wanted[0], theta, x.shape[0], theta.shape[-1]), _wanted(wanted[1], x, *x.shape)]
+
+
+def _pull_rule(arguments, outputs, cotangents):
+    program, numbers, constants, theta, x, cotangent, _ = arguments
+    to_cotangent, to_theta, to_x = torch.ops.maml_ext.pull_tangent(
+        program, numbers, constants, theta, x, cotangent, *cotangents
+    )
+    return {3: _like_theta(to_theta, theta), 4: to_x, 5: to_cotangent}
+
+
+def _pull_tangent_fake(program, numbers, constants, theta, x, cotangent, theta_t, x_t):
+    return [cotangent.new_empty(cotangent.shape), theta.new_empty(x.shape[0], theta.shape[-1]), x.new_empty(x.shape)]
+
+
+_define("predict", "Tensor x, int[] prediction", _predict_fake, _predict_rule)
+_define("pull", "Tensor x, Tensor cotangent, int[] wanted", _pull_fake, _pull_rule)
+_define(
+    "pull_tangent",
+    "Tensor x, Tensor cotangent, Tensor? theta_t, Tensor? x_t",
+    _pull_tangent_fake,
+    _refuse("pull_tangent"),
+)
+
+# score, score_tangent
+
+
+def _score_fake(program, numbers, constants, theta, x, y, weight, wanted):
+    tasks = x.shape[0]
+    return [
+        theta.new_empty(tasks),
+        _wanted(wanted[0], theta, tasks, theta.shape[-1]),
+        _wanted(wanted[1], x, *x.shape),
+        _wanted(wanted[2] and y.is_floating_point(), theta, *y.shape),
+        _wanted(wanted[3] and weight is not None, theta, *x.shape[:2]),
+    ]
+
+
+def _score_rule(arguments, outputs, cotangents):
+    program, numbers, constants, theta, x, y, weight, wanted = arguments
+    scale, *directions = cotangents
+    places = (3, 4, 5, 6)
+    result = dict.fromkeys(places)
+    needed = _needs(theta, x, y, weight)
+    if scale is not None:
+        first = outputs
+        if torch.is_grad_enabled() or any(n and not w for n, w in zip(needed, wanted)):
+            first = torch.ops.maml_ext.score(program, numbers, constants, theta, x, y, weight, needed)
+        for i, gradient in zip(places, first[1:]):
+            result[i] = None if gradient.numel() == 0 else _scaled(scale, gradient)
+    if any(d is not None for d in directions):
+        second = torch.ops.maml_ext.score_tangent(
+            program, numbers, constants, theta, x, y, weight, *directions, needed[1:]
+        )
+        for i, gradient in zip(places, second):
+            result[i] = _total(result[i], _present(gradient))
+    if result[3] is not None:
+        result[3] = _like_theta(result[3], theta)
+    return result
+
+
+def _score_tangent_fake(program, numbers, constants, theta, x, y, weight, theta_t, x_t, y_t, weight_t, wanted):
+    return _score_fake(program, numbers, constants, theta, x, y, weight, [1, *wanted])[1:]
+
+
+def _score_tangent_rule(arguments, outputs, cotangents):
+    *problem, theta_t, x_t, y_t, weight_t, wanted = arguments
+    if any(_needs(*problem[3:])):
+        _refuse("score_tangent")(arguments, outputs, cotangents)
+    # Linear in its direction, and the Hessian is symmetric.
+    found = torch.ops.maml_ext.score_tangent(*problem, *cotangents, _needs(x_t, y_t, weight_t))
+    result = {7 + i: _present(g) for i, g in enumerate(found)}
+    if theta_t is not None and theta_t.dim() == 1:
+        result[7] = result[7].sum(0)
+    return result
+
+
+_define("score", "Tensor x, Tensor y, Tensor? weight, int[] wanted", _score_fake, _score_rule)
+_define(
+    "score_tangent",
+    "Tensor x, Tensor y, Tensor? weight, Tensor? theta_t, Tensor? x_t, Tensor? y_t, Tensor? weight_t, int[] wanted",
+    _score_tangent_fake,
+    _score_tangent_rule,
+)
+
+# adapt, adjoint, meta
+
+
+def _adapt_fake(program, numbers, constants, theta, lr, x, y, weight, steps):
+    return [theta.new_empty(x.shape[0], theta.shape[-1]) for _ in range(steps)]
+
+
+def _adapt_rule(arguments, outputs, cotangents):
+    program, numbers, constants, theta, lr, x, y, weight, steps = arguments
+    at = [k for k, c in enumerate(cotangents) if c is not None]
+    if not at:
+        return {}
+    to_theta, to_lr, to_x, to_y, to_weight = torch.ops.maml_ext.adjoint(
+        program, numbers, constants, theta, lr, x, y, weight, list(outputs[:-1]), [cotangents[k] for k in at], at,
+        False, _needs(lr, x, y, weight),
+    )  # fmt: skip
+    return {3: _like_theta(to_theta, theta), 4: to_lr, 5: to_x, 6: to_y, 7: to_weight}
+
+
+def _adjoint_fake(
+    program, numbers, constants, theta, lr, x, y, weight, trajectory, cotangents, at, first_order, wanted
+):
+    score = _score_fake(program, numbers, constants, theta, x, y, weight, [1, *wanted[1:]])
+    return [score[1], _wanted(wanted[0], lr, *lr.shape), *score[2:]]
+
+
+def _meta_fake(
+    program, numbers, constants, theta, lr, support_x, support_y, support_weight, query_x, query_y, query_weight,
+    steps, first_order, reduce, wanted,
+):  # fmt: skip
+    support = _score_fake(program, numbers, constants, theta, support_x, support_y, support_weight, [0, *wanted[1:4]])
+    query = _score_fake(program, numbers, constants, theta, query_x, query_y, query_weight, [1, *wanted[4:]])
+    to_theta = theta.new_empty(theta.shape[-1]) if reduce else query[1]
+    return [query[0], to_theta, _wanted(wanted[0], lr, *lr.shape), *support[2:], *query[2:]]
+
+
+def _meta_rule(arguments, outputs, cotangents):
+    """Gradients were computed along with the losses: constants, fit for a backward pass nobody differentiates."""
+    if torch.is_grad_enabled() or any(c is not None for c in cotangents[1:]):
+        _refuse("meta")(arguments, outputs, cotangents)
+    theta, lr, reduce, wanted = arguments[3], arguments[4], arguments[13], arguments[14]
+    scale = cotangents[0]
+    uniform = bool((scale == scale[0]).all()) if scale.numel() else True
+    if not uniform and (reduce or wanted[0]):
+        raise RuntimeError(
+            "maml_ext::meta: gradients summed over tasks (reduce, or of lr) need the same cotangent for every loss"
+        )
+    result = {}
+    for i, gradient in zip((3, 4, 5, 6, 7, 8, 9, 10), outputs[1:]):
+        if gradient.numel():
+            summed = i == 4 or i == 3 and reduce
+            result[i] = scale[0] * gradient if summed else _scaled(scale, gradient)
+    if not reduce:
+        result[3] = _like_theta(result[3], theta)
+    return result
+
+
+_define("adapt", "Tensor lr, Tensor x, Tensor y, Tensor? weight, int steps", _adapt_fake, _adapt_rule)
+_define(
+    "adjoint",
+    "Tensor lr, Tensor x, Tensor y, Tensor? weight, Tensor[] trajectory, Tensor[] cotangents, int[] at, "
+    "bool first_order, int[] wanted",
+    _adjoint_fake,
+    _refuse("adjoint"),
+)
+_define(
+    "meta",
+    "Tensor lr, Tensor support_x, Tensor support_y, Tensor? support_weight, Tensor query_x, Tensor query_y, "
+    "Tensor? query_weight, int steps, bool first_order, bool reduce, int[] wanted",
+    _meta_fake,
+    _meta_rule,
+)
