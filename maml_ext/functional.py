@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import losses, reference
-from .plan import Plan, plan
-from .rates import check_rate
+from . import compiled, losses, reference
+from .plan import Plan, check_statistics, plan
+from .rates import as_rows, check_rate, from_rows
 from .reference import Problem
 from .stateless import Layout
 
 META_GRADIENTS = ("exact", "first_order")
+SUPPORT, QUERY = ("support_x", "support_y"), ("query_x", "query_y")
 
 
 def flatten(module: nn.Module) -> Tensor:
@@ -77,12 +79,22 @@ def inner_loop(
     losses.resolve(loss)
     check_steps(steps)
     check_choice("meta_gradient", meta_gradient, META_GRADIENTS)
-    problem, chosen, theta, data = prepare(
-        module, layout, theta, support_x, support_y, loss, backend, ("support_x", "support_y")
-    )
+    exact = meta_gradient == "exact"
+    tasks, engine = choose(module, layout, theta, support_x, support_y, loss, backend, SUPPORT)
     lr = as_rate(lr, theta)
     check_rate(lr, layout.sizes, steps, theta.dtype)
-    exact = meta_gradient == "exact"
+    if isinstance(engine, compiled.Compiled):
+        start = theta.expand(tasks, -1) if theta.dim() == 1 else theta
+        if steps == 0:
+            return (start,)
+
+        def again(theta, rows, x, y):
+            options = dict(loss=loss, meta_gradient=meta_gradient, steps=steps, backend="torch")
+            return inner_loop(module, theta, x, y, lr=from_rows(rows), **options)[1:]
+
+        data = (support_x, support_y) if exact else (support_x.detach(), support_y.detach())
+        return start, *compiled.adapt(engine, again, theta, as_rows(lr, layout.sizes), *data, steps, exact)
+    problem, chosen, theta, data = prepare(module, layout, theta, support_x, support_y, loss, SUPPORT)
     if exact and steps and not chosen.twice and torch.is_grad_enabled():
         raise ValueError(
             "meta_gradient: 'exact' needs second derivatives, and the network or the loss has none; use "
@@ -101,7 +113,10 @@ def network(
 ) -> Tensor:
     """Predictions ``[T, N, ...]`` of every task's network: ``module`` with parameters ``theta[t]`` on ``x[t]``."""
     layout = Layout(check_module(module))
-    problem, _, theta, data = prepare(module, layout, theta, x, (), None, backend, names)
+    _, engine = choose(module, layout, theta, x, (), None, backend, names)
+    if isinstance(engine, compiled.Compiled):
+        return compiled.predict(engine, partial(network, module, backend="torch"), theta, x)
+    problem, _, theta, data = prepare(module, layout, theta, x, (), None, names)
     return reference.network(problem, theta, data)
 
 
@@ -122,7 +137,10 @@ def task_loss(
     """
     layout = Layout(check_module(module))
     losses.resolve(loss)
-    problem, _, theta, data = prepare(module, layout, theta, x, y, loss, backend, names)
+    _, engine = choose(module, layout, theta, x, y, loss, backend, names)
+    if isinstance(engine, compiled.Compiled):
+        return compiled.score(engine, partial(task_loss, module, loss=loss, backend="torch"), theta, x, y)
+    problem, _, theta, data = prepare(module, layout, theta, x, y, loss, names)
     return reference.task_loss(problem, theta, data)
 
 
@@ -139,9 +157,16 @@ def hvp(
     """Hessian-vector products ``[T, P]``: (d2 task_loss / d theta2) ``vector``, with vector ``[P]`` or ``[T, P]``."""
     layout = Layout(check_module(module))
     losses.resolve(loss)
-    problem, _, theta, data = prepare(module, layout, theta, x, y, loss, backend, ("x", "y"))
+    tasks, engine = choose(module, layout, theta, x, y, loss, backend, ("x", "y"))
     _check_vector("vector", vector, layout, theta.dtype)
-    _check_tasks("vector", vector, layout, data[0].shape[0])
+    _check_tasks("vector", vector, layout, tasks)
+    if isinstance(engine, compiled.Compiled):
+
+        def again(theta, vector, x, y):
+            return hvp(module, theta, x, y, vector, loss=loss, backend="torch")
+
+        return compiled.hvp(engine, again, theta, vector, x, y)
+    problem, _, theta, data = prepare(module, layout, theta, x, y, loss, ("x", "y"))
     return reference.hvp(problem, theta, vector, data)
 
 
@@ -158,18 +183,36 @@ def as_rate(lr: float | Tensor, theta: Tensor) -> Tensor:
     return torch.full((), lr, dtype=theta.dtype, device=theta.device)
 
 
-def prepare(
+def choose(
     module: nn.Module, layout: Layout, theta: Tensor, x, y, loss, backend: str, names: tuple[str, str]
-) -> tuple[Problem, Plan, Tensor, list[Tensor]]:
-    """Check everything, decide how to run it, and set it up. ``names`` are what x and y are called in errors."""
+) -> tuple[int, compiled.Compiled | str]:
+    """Check everything but what only running the module shows; the number of tasks, and the compiled form of the
+    call or the reason why it has none. ``names`` are what x and y are called in errors."""
+    check_choice("backend", backend, compiled.BACKENDS)
     _check_vector("theta", theta, layout)
     tasks = check_data(names, x, y, theta, named_loss=isinstance(loss, str))
     _check_tasks("theta", theta, layout, tasks)
-    chosen = plan(module, layout, theta, x, y, loss, backend, names)
+    engine = compiled.choose(module, layout, theta, x, y, loss, backend)
+    if isinstance(engine, compiled.Compiled):
+        check_statistics(module)
+        if engine.loss is not None:
+            prediction = torch.Size((x.shape[1], *engine.network.prediction))
+            losses.check_fit(engine.loss, names[1], y, prediction, theta.dtype)
+            losses.check_labels(engine.loss, names[1], y, prediction)
+    elif backend == "compiled":
+        raise ValueError(f"backend: 'compiled' was asked for, but {engine}")
+    return tasks, engine
+
+
+def prepare(
+    module: nn.Module, layout: Layout, theta: Tensor, x, y, loss, names: tuple[str, str]
+) -> tuple[Problem, Plan, Tensor, list[Tensor]]:
+    """Set up a call, already checked, for the reference engine."""
+    chosen = plan(module, layout, theta, x, y, loss, names)
     data, spec = pytree.tree_flatten((x, y))
     scalar = losses.resolve(loss) if loss is not None else None
     if not chosen.shared and theta.dim() == 1:
-        theta = theta.expand(tasks, -1)
+        theta = theta.expand(data[0].shape[0], -1)
     return Problem(layout, chosen.task_map(module), spec, scalar), chosen, theta, data
 
 

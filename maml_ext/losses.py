@@ -2,31 +2,112 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
-IGNORE_INDEX = -100  # the label F.cross_entropy leaves out
-
-
-def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    # Spelled out: F.mse_loss and F.huber_loss have no batched forward derivative.
-    return (prediction - target).square().mean()
+NAMES = ("mse", "huber", "cross_entropy", "bce_with_logits")
 
 
-def huber(prediction: Tensor, target: Tensor) -> Tensor:
-    distance = (prediction - target).abs()
-    return torch.where(distance < 1, 0.5 * distance.square(), distance - 0.5).mean()
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """A loss that the engines know: (prediction, target) of one task -> scalar, the mean over what is in it.
+
+    Args:
+        kind: one of ``NAMES``.
+        delta: of Huber's loss.
+        smoothing, ignore_index, class_weight: of cross entropy, as for ``F.cross_entropy``.
+    """
+
+    kind: str
+    delta: float = 1.0
+    smoothing: float = 0.0
+    ignore_index: int = -100
+    class_weight: Tensor | None = None
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        # Spelled out: F.mse_loss and F.huber_loss have no batched forward derivative.
+        if self.kind == "mse":
+            return (prediction - target).square().mean()
+        if self.kind == "huber":
+            distance = (prediction - target).abs()
+            inside = distance < self.delta
+            return torch.where(inside, 0.5 * distance.square(), self.delta * (distance - 0.5 * self.delta)).mean()
+        if self.kind == "cross_entropy":
+            return F.cross_entropy(
+                prediction, target, self.class_weight, ignore_index=self.ignore_index, label_smoothing=self.smoothing
+            )
+        return F.binary_cross_entropy_with_logits(prediction, target)
+
+    @property
+    def settings(self) -> tuple:
+        return self.kind, self.delta, self.smoothing, self.ignore_index, id(self.class_weight)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mse": mse,
-    "huber": huber,
-    "cross_entropy": F.cross_entropy,
-    "bce_with_logits": F.binary_cross_entropy_with_logits,
+LOSSES = {name: Loss(name) for name in NAMES}
+_FUNCTIONS = {
+    F.mse_loss: "mse",
+    F.huber_loss: "huber",
+    F.cross_entropy: "cross_entropy",
+    F.binary_cross_entropy_with_logits: "bce_with_logits",
 }
+_MODULES = {
+    nn.MSELoss: "mse",
+    nn.HuberLoss: "huber",
+    nn.CrossEntropyLoss: "cross_entropy",
+    nn.BCEWithLogitsLoss: "bce_with_logits",
+}
+# torch's name of an option: ours
+_OPTIONS = {
+    "huber": {"delta": "delta"},
+    "cross_entropy": {"label_smoothing": "smoothing", "ignore_index": "ignore_index", "weight": "class_weight"},
+}
+
+
+def recognise(loss: str | Callable) -> Loss | None:
+    """The loss that a name, a loss module of torch or a function of ``torch.nn.functional`` stands for.
+
+    Modules of exactly torch's types and functions, also in ``functools.partial``, with reduction "mean" and no
+    options beside those of ``Loss``. None for anything else: the user's own callable.
+    """
+    if isinstance(loss, str):
+        return LOSSES.get(loss)
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, nn.Module):
+        if type(loss) not in _MODULES or "forward" in loss.__dict__ or loss._forward_hooks or loss._forward_pre_hooks:
+            return None
+        if loss._backward_hooks or loss._backward_pre_hooks or module_hooks._has_any_global_hook():
+            return None
+        kind = _MODULES[type(loss)]
+        options = {k: v for k, v in vars(loss).items() if not k.startswith("_") and k != "training"}
+        options.update(loss._buffers)
+    else:
+        options = {}
+        if isinstance(loss, functools.partial):
+            if loss.args:
+                return None
+            loss, options = loss.func, dict(loss.keywords)
+        try:
+            kind = _FUNCTIONS.get(loss)
+        except TypeError:  # an unhashable callable
+            return None
+        if kind is None:
+            return None
+    if options.pop("reduction", "mean") != "mean":
+        return None
+    known = _OPTIONS.get(kind, {})
+    if any(v is not None and k not in known for k, v in options.items()):
+        return None
+    found = Loss(kind, **{known[k]: v for k, v in options.items() if k in known})
+    if found.class_weight is not None and (found.class_weight.requires_grad or found.class_weight.dim() != 1):
+        return None
+    return found
 
 
 def resolve(loss: str | Callable) -> Callable:
@@ -40,16 +121,20 @@ def resolve(loss: str | Callable) -> Callable:
 
 
 def check_target(loss: str | Callable, name: str, target, prediction: torch.Size, dtype: torch.dtype) -> None:
-    """Raise where ``target`` ([T, N, ...]) does not fit a named loss and predictions ``[N, ...]`` of one task.
+    """Raise where ``target`` ([T, N, ...]) does not fit a loss given by name and predictions ``[N, ...]`` of one task.
 
     Broadcasting a ``[N]`` target against ``[N, 1]`` predictions would be silently wrong, so shapes are equal.
     """
-    if not isinstance(loss, str):
-        return
+    if isinstance(loss, str):
+        check_fit(LOSSES[loss], name, target, prediction, dtype)
+        check_labels(LOSSES[loss], name, target, prediction)
+
+
+def check_fit(loss: Loss, name: str, target, prediction: torch.Size, dtype: torch.dtype) -> None:
     if not isinstance(target, Tensor):
-        raise TypeError(f"{name}: expected a tensor for loss {loss!r}, got {type(target).__name__}")
+        raise TypeError(f"{name}: expected a tensor for loss {loss.kind!r}, got {type(target).__name__}")
     shape = target.shape[1:]
-    if loss == "cross_entropy" and not target.is_floating_point():
+    if loss.kind == "cross_entropy" and not target.is_floating_point():
         if target.dtype != torch.int64:
             raise TypeError(f"{name}: expected int64 labels (or soft labels in {dtype}), got {target.dtype}")
         if len(prediction) < 2:
@@ -57,16 +142,23 @@ def check_target(loss: str | Callable, name: str, target, prediction: torch.Size
         expected = prediction[:1] + prediction[2:]
         if shape != expected:
             raise ValueError(f"{name}: expected labels {['T', *expected]}, got {list(target.shape)}")
-        low, high = torch.stack(torch.aminmax(torch.where(target == IGNORE_INDEX, 0, target))).tolist()
-        if low < 0 or high >= prediction[1]:
-            raise ValueError(
-                f"{name}: expected labels in 0..{prediction[1] - 1} (or {IGNORE_INDEX}, which is left out) for "
-                f"{prediction[1]} classes, got {low if low < 0 else high}"
-            )
         return
     if target.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype} like the parameters, got {target.dtype}")
     if shape != prediction:
         raise ValueError(
             f"{name}: expected shape {['T', *prediction]} like the predictions, got {list(target.shape)}"
+        )
+
+
+def check_labels(loss: Loss, name: str, target: Tensor, prediction: torch.Size) -> None:
+    """Raise where a label is no class: apart from the rest, because it reads the data."""
+    if loss.kind != "cross_entropy" or target.is_floating_point():
+        return
+    ignored = loss.ignore_index
+    low, high = torch.stack(torch.aminmax(torch.where(target == ignored, 0, target))).tolist()
+    if low < 0 or high >= prediction[1]:
+        raise ValueError(
+            f"{name}: expected labels in 0..{prediction[1] - 1} (or {ignored}, which is left out) for "
+            f"{prediction[1]} classes, got {low if low < 0 else high}"
         )

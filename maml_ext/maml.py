@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import functional, losses
-from .plan import BACKENDS, plan
+from . import compiled, functional, losses, single_pass
+from .functional import QUERY, SUPPORT
+from .plan import plan
 from .rates import check_rate
 from .stateless import Layout
 
 REDUCTIONS = ("none", "mean")
-SUPPORT, QUERY = ("support_x", "support_y"), ("query_x", "query_y")
 
 
 class MAML(nn.Module):
@@ -63,7 +63,7 @@ class MAML(nn.Module):
         losses.resolve(loss)
         functional.check_choice("meta_gradient", meta_gradient, functional.META_GRADIENTS)
         functional.check_choice("reduction", reduction, REDUCTIONS)
-        functional.check_choice("backend", backend, BACKENDS)
+        functional.check_choice("backend", backend, compiled.BACKENDS)
         parameter = next(iter(layout.parameters.values()))
         check_rate(functional.as_rate(lr, parameter), layout.sizes, steps, parameter.dtype)
         if isinstance(lr, Tensor) and not lr.is_leaf:
@@ -102,29 +102,48 @@ class MAML(nn.Module):
         return AdaptedTasks(self, thetas)
 
     def forward(self, support_x, support_y, query_x, query_y, *, steps: int | None = None) -> Tensor:
-        """Adapt to the support sets, return the losses on the query sets: ``[T]``, or their mean."""
+        """Adapt to the support sets, return the losses on the query sets: ``[T]``, or their mean.
+
+        Where the compiled engine runs and gradients are enabled, the meta-gradient is computed along with the
+        losses, which is faster than ``adapt(...).loss(...)`` and keeps nothing of the inner loop.
+        """
+        data = (support_x, support_y, query_x, query_y)
+        result = single_pass.meta_losses(self, data, self.steps if steps is None else steps)
+        if result is not None:
+            return result
         return self.adapt(support_x, support_y, steps=steps).loss(query_x, query_y)
 
     def explain(self, support_x, support_y) -> Explanation:
         """What runs for such a support set, and why: ``.engine``, ``.reasons``, and a report as ``str()``."""
         layout = Layout(self.module)
         theta = layout.flatten().detach()
-        tasks = functional.check_data(SUPPORT, support_x, support_y, theta, named_loss=isinstance(self.loss, str))
-        chosen = plan(self.module, layout, theta, support_x, support_y, self.loss, self.backend, SUPPORT)
+        tasks, engine = functional.choose(
+            self.module, layout, theta, support_x, support_y, self.loss, self.backend, SUPPORT
+        )
         kept = self.steps * tasks * layout.size * theta.element_size()
+        if isinstance(engine, compiled.Compiled):
+            name, reasons = "cpu", compiled.caveats(engine)
+            how, way = "shared out over threads", "tangents of values and gradients, layer by layer"
+            program = [f"layer {line}" for line in compiled.describe(engine)]
+        else:
+            chosen = plan(self.module, layout, theta, support_x, support_y, self.loss, SUPPORT)
+            name, reasons, program = "torch", [engine, *chosen.reasons], []
+            how = "all at once (torch.vmap)" if chosen.vmapped else "one after another"
+            way = "reverse over reverse"
         lines = [
-            f"engine         {chosen.engine}",
-            f"tasks          {tasks}, {'all at once (torch.vmap)' if chosen.vmapped else 'one after another'}",
+            f"engine         {name}",
+            f"tasks          {tasks}, {how}",
             f"inner loop     {self.steps} steps on {layout.size:,} parameters ({len(layout.sizes)} tensors)",
-            f"meta-gradient  {self.meta_gradient}: {self._meta_gradient_cost()}",
+            f"meta-gradient  {self.meta_gradient}: {self._meta_gradient_cost(way)}",
             f"kept           theta_1 .. theta_{self.steps}, {kept / 2**20:.1f} MiB" if self.steps else "kept           nothing",
-            *(f"because        {reason}" for reason in chosen.reasons),
+            *(f"because        {reason}" for reason in reasons),
+            *program,
         ]
-        return Explanation(chosen.engine, list(chosen.reasons), "\n".join(lines))
+        return Explanation(name, reasons, "\n".join(lines))
 
-    def _meta_gradient_cost(self) -> str:
+    def _meta_gradient_cost(self, way: str) -> str:
         if self.meta_gradient == "exact":
-            return f"{self.steps} Hessian-vector products a task, reverse over reverse"
+            return f"{self.steps} Hessian-vector products a task, {way}"
         return "no second derivatives"
 
     def _apply(self, fn, recurse=True):

@@ -1,4 +1,4 @@
-"""Which engine computes a call, how it runs the tasks, and why: decided once for each kind of input."""
+"""How the reference engine runs the tasks of a call, and why: decided once for each kind of input."""
 
 from __future__ import annotations
 
@@ -14,15 +14,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import losses
-from .ops import library
 from .per_task import TaskMap
 from .reference import Problem, hvp, task_loss
 from .stateless import Layout, stateless
 
-BACKENDS = ("auto", "compiled", "torch")
-NO_COMPILED_ENGINE = (
-    "no compiled engine for whole networks in this version: csrc/ holds the update maml_ext.sgd_update only"
-)
 # vmap turns convolutions with weights of their own for each task into grouped ones, which on a CPU cost more than
 # the overhead they save from about this many multiply-adds a task (measured: 4 blocks, 16 to 64 filters, 28 x 28).
 LARGE_CONVOLUTIONS = 10_000_000
@@ -33,7 +28,6 @@ REMEMBERED = 64  # plans a module keeps: a loss written as a lambda inside a loo
 class Plan:
     """
     Args:
-        engine: what computes the network: "torch", the reference engine.
         vmapped: whether all tasks run at once under ``torch.vmap``, or one after another.
         shared: whether parameters that all tasks share may stay so, or each task needs its own copy (in-place
             operators of recurrent networks, under vmap).
@@ -43,7 +37,6 @@ class Plan:
         reasons: for every choice that is not the fastest path, why.
     """
 
-    engine: str
     vmapped: bool
     shared: bool
     random: bool
@@ -66,7 +59,6 @@ def plan(
     x,
     y=(),
     loss: str | Callable | None = None,
-    backend: str = "auto",
     names: tuple[str, str] = ("x", "y"),
 ) -> Plan:
     """The plan for ``module`` and ``loss`` (None: predictions only) on the data of all tasks.
@@ -74,12 +66,6 @@ def plan(
     ``names`` are what ``x`` and ``y`` are called in errors. Raises ValueError or TypeError where the module
     or the loss cannot be applied to a task of this shape.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if backend == "compiled":
-        raise ValueError(f"backend: 'compiled' was asked for, but there is {NO_COMPILED_ENGINE}")
-    if backend == "auto":
-        library.warn_if_absent()
     leaves, spec = pytree.tree_flatten((x, y))
     kinds = tuple((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves)
     # What a network does changes with its modules, their mode, and with the rates of dropout (which torch's
@@ -89,12 +75,12 @@ def plan(
         for m in module.modules()
     )
     identity, reference = _identity(loss)
-    key = (structure, tuple(layout.parameters), theta.dtype, identity, str(spec), kinds, backend)
+    key = (structure, tuple(layout.parameters), theta.dtype, identity, str(spec), kinds)
     known = _plans.setdefault(module, {})
     chosen, seen_for = known.get(key, (None, None))
     if chosen is None or seen_for() is not reference():
         with torch.inference_mode(False):
-            chosen = _examine(module, layout, theta, x, y, loss, backend, names)
+            chosen = _examine(module, layout, theta, x, y, loss, names)
         if len(known) >= REMEMBERED:
             known.clear()
         if not torch._C._are_functorch_transforms_active():  # inside of which not everything can be examined
@@ -104,15 +90,15 @@ def plan(
     return chosen
 
 
-def _examine(module, layout, theta, x, y, loss, backend, names) -> Plan:
+def _examine(module, layout, theta, x, y, loss, names) -> Plan:
     """Run two tasks to see what works. Leaves the module and the random generators as they were."""
-    _check_statistics(module)
+    check_statistics(module)
     theta = (theta if theta.dim() == 1 else theta[0]).detach().clone()
     leaves, spec = pytree.tree_flatten((x, y))
     two = [leaf[:2].detach().clone() for leaf in leaves]
     # Without a loss any scalar of the predictions shows whether they can be differentiated.
     scalar = losses.resolve(loss) if loss is not None else lambda prediction, _: prediction.square().sum()
-    reasons = [NO_COMPILED_ENGINE] if backend == "auto" else ["backend='torch' was asked for"]
+    reasons = []
 
     def problem(vmapped: bool) -> Problem:
         return Problem(layout, TaskMap(module, vmapped, seed=0), spec, scalar)
@@ -143,7 +129,7 @@ def _examine(module, layout, theta, x, y, loss, backend, names) -> Plan:
     for vmapped, shared in ways:
         if not (vmapped or twice or transformed):
             # One task after another, by the same means as the one above: nothing is left to try.
-            return Plan("torch", vmapped, shared, seen.random, True, prediction, tuple(reasons))
+            return Plan(vmapped, shared, seen.random, True, prediction, tuple(reasons))
         with warnings.catch_warnings(record=True) as caught, torch.no_grad():
             warnings.simplefilter("always")
             for parameters in (own, theta) if shared else (own,):
@@ -155,7 +141,7 @@ def _examine(module, layout, theta, x, y, loss, backend, names) -> Plan:
                     break
         if not failure:
             reasons += [_first_line(w.message) for w in caught if "performance drop" in str(w.message)]
-            return Plan("torch", vmapped, shared, seen.random, not twice, prediction, tuple(reasons))
+            return Plan(vmapped, shared, seen.random, not twice, prediction, tuple(reasons))
         if (vmapped, shared) == (True, False):
             reasons.append(f"tasks run one after another: torch.vmap cannot run them all at once: {failure}")
     raise ValueError(f"module: cannot be differentiated: {failure}")
@@ -240,7 +226,7 @@ def _try_one_task(problem: Problem, theta, one, loss, y, names) -> torch.Size | 
     return shape
 
 
-def _check_statistics(module: nn.Module) -> None:
+def check_statistics(module: nn.Module) -> None:
     for name, m in module.named_modules():
         if isinstance(m, _NormBase) and not m.training and m.num_batches_tracked is not None:
             if m.track_running_stats and not m.num_batches_tracked:

@@ -45,6 +45,20 @@ def expand_rate(row: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([r.expand(size) for r, size in zip(row.unbind(), sizes)])
 
 
+def as_rows(lr: Tensor, sizes: Sequence[int]) -> Tensor:
+    """A rate of any shape as ``[1 or steps, 1 or P]``, differentiably."""
+    rows = lr if lr.dim() == 2 else lr.reshape(1, -1)
+    if rows.shape[1] in (1, sum(sizes)):
+        return rows
+    tensors = torch.arange(len(sizes), device=lr.device).repeat_interleave(torch.tensor(sizes, device=lr.device))
+    return rows[:, tensors]
+
+
+def from_rows(rows: Tensor) -> Tensor:
+    """One row for all steps is no row a step."""
+    return rows[0] if rows.shape[0] == 1 else rows
+
+
 def reduce_rate(product: Tensor, row: Tensor, sizes: Sequence[int]) -> Tensor:
     """The transpose of ``expand_rate``: ``[..., P]`` summed to the shape of ``row``."""
     if row.dim() == 0:

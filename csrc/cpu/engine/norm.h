@@ -7,17 +7,18 @@
 
 template <class T>
 struct SampleNorm {
-  // Calls f(offset in a sample, offset in gamma and beta) for the elements of a group.
+  // Calls f(offset in a sample of in, of out, offset in gamma and beta) for the elements of a group.
   template <class F>
   static INLINE void group(const Context<T>& c, const Layer& l, int64_t g, F f) {
-    const Value& v = c.in(l);
+    const Value &v = c.in(l), &out = c.out(l);
     const bool elements = (l.weight >= 0 && c.net.slot[l.weight].kind == kElements) ||
                           (l.bias >= 0 && c.net.slot[l.bias].kind == kElements);
     const int64_t size = v.c / l.groups;
     for (int64_t y = 0; y < v.h; y++)
       for (int64_t x = 0; x < v.w; x++)
         for (int64_t k = g * size; k < (g + 1) * size; k++)
-          f(y * v.row + x * v.pitch + k, elements ? (y * v.w + x) * round_up(v.c) + k : k);
+          f(y * v.row + x * v.pitch + k, y * out.row + x * out.pitch + k,
+            elements ? (y * v.w + x) * round_up(v.c) + k : k);
   }
   static INLINE int64_t round_up(int64_t n) { return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
   static INLINE T* kept(const Context<T>& c, const Layer& l, const Frame<T>& f, int64_t n, int64_t g) {
@@ -39,12 +40,12 @@ struct SampleNorm {
       const T* x = c.f.value(in, n);
       T *to = c.f.value(out, n), *s = kept(c, l, c.f, n, g);
       double sum = 0, square = 0;
-      group(c, l, g, [&](int64_t at, int64_t) { sum += x[at]; });
+      group(c, l, g, [&](int64_t at, int64_t, int64_t) { sum += x[at]; });
       const double mean = sum / m;
-      group(c, l, g, [&](int64_t at, int64_t) { square += (x[at] - mean) * (x[at] - mean); });
+      group(c, l, g, [&](int64_t at, int64_t, int64_t) { square += (x[at] - mean) * (x[at] - mean); });
       s[0] = T(mean), s[1] = T(1 / __builtin_sqrt(square / m + l.eps));
-      group(c, l, g, [&](int64_t at, int64_t a) {
-        to[at] = (gamma ? gamma[a] : 1) * ((x[at] - s[0]) * s[1]) + (beta ? beta[a] : 0);
+      group(c, l, g, [&](int64_t at, int64_t o, int64_t a) {
+        to[o] = (gamma ? gamma[a] : 1) * ((x[at] - s[0]) * s[1]) + (beta ? beta[a] : 0);
       });
     });
   }
@@ -57,20 +58,20 @@ struct SampleNorm {
       const T *x = c.f.value(in, n), *gy = c.f.gradient(out, n);
       T *to = c.f.gradient(in, n), *s = kept(c, l, c.f, n, g);
       double sum = 0, slope = 0;
-      group(c, l, g, [&](int64_t at, int64_t a) {
-        const T h = (gamma ? gamma[a] : 1) * gy[at];
+      group(c, l, g, [&](int64_t at, int64_t o, int64_t a) {
+        const T h = (gamma ? gamma[a] : 1) * gy[o];
         sum += h, slope += double(h) * ((x[at] - s[0]) * s[1]);
       });
       s[2] = T(sum / m), s[3] = T(slope / m);
       if (!c.net.needs_gradient[l.in]) return;
-      group(c, l, g, [&](int64_t at, int64_t a) {
-        const T normal = (x[at] - s[0]) * s[1], h = (gamma ? gamma[a] : 1) * gy[at];
+      group(c, l, g, [&](int64_t at, int64_t o, int64_t a) {
+        const T normal = (x[at] - s[0]) * s[1], h = (gamma ? gamma[a] : 1) * gy[o];
         to[at] = s[1] * (h - s[2] - normal * s[3]) + (l.accumulate[0] ? to[at] : 0);
       });
     });
-    parameters(c, l, [&](int64_t n, int64_t g, int64_t at, T& to_weight, T& to_bias) {
+    parameters(c, l, [&](int64_t n, int64_t g, int64_t at, int64_t o, T& to_weight, T& to_bias) {
       const T* s = kept(c, l, c.f, n, g);
-      to_bias = c.f.gradient(out, n)[at];
+      to_bias = c.f.gradient(out, n)[o];
       to_weight = to_bias * ((c.f.value(in, n)[at] - s[0]) * s[1]);
     });
   }
@@ -84,9 +85,9 @@ struct SampleNorm {
     if (!to_weight && !to_bias) return;
     for (int64_t n = 0; n < c.f.count; n++)
       for (int64_t g = 0; g < l.groups; g++)
-        group(c, l, g, [&](int64_t at, int64_t a) {
+        group(c, l, g, [&](int64_t at, int64_t o, int64_t a) {
           T weight, bias;
-          f(n, g, at, weight, bias);
+          f(n, g, at, o, weight, bias);
           if (to_weight) to_weight[a] += weight;
           if (to_bias) to_bias[a] += bias;
         });
@@ -106,14 +107,14 @@ struct SampleNorm {
       T *to = c.t.value(out, n), *t = kept(c, l, c.t, n, g);
       double sum = 0, slope = 0;
       if (moving)
-        group(c, l, g, [&](int64_t at, int64_t) {
+        group(c, l, g, [&](int64_t at, int64_t, int64_t) {
           sum += x_t[at], slope += double(x_t[at]) * ((x[at] - s[0]) * s[1]);
         });
       t[0] = T(sum / m), t[1] = T(slope / m);
-      group(c, l, g, [&](int64_t at, int64_t a) {
+      group(c, l, g, [&](int64_t at, int64_t o, int64_t a) {
         const T normal = (x[at] - s[0]) * s[1];
         const T normal_t = moving ? s[1] * (x_t[at] - t[0] - normal * t[1]) : 0;
-        to[at] = (gamma_t ? gamma_t[a] * normal : 0) + (gamma ? gamma[a] : 1) * normal_t + (beta_t ? beta_t[a] : 0);
+        to[o] = (gamma_t ? gamma_t[a] * normal : 0) + (gamma ? gamma[a] : 1) * normal_t + (beta_t ? beta_t[a] : 0);
       });
     });
   }
@@ -132,10 +133,10 @@ struct SampleNorm {
       T *to = c.t.gradient(in, n), *t = kept(c, l, c.t, n, g);
       double sum = 0, slope = 0;
       auto each = [&](auto f) {
-        group(c, l, g, [&](int64_t at, int64_t a) {
+        group(c, l, g, [&](int64_t at, int64_t o, int64_t a) {
           const T normal = (x[at] - s[0]) * s[1], weight = gamma ? gamma[a] : 1;
-          f(at, normal, tangent(s, t, normal, x_t, at), weight * gy[at],
-            (gamma_t ? gamma_t[a] * gy[at] : 0) + weight * gy_t[at]);
+          f(at, normal, tangent(s, t, normal, x_t, at), weight * gy[o],
+            (gamma_t ? gamma_t[a] * gy[o] : 0) + weight * gy_t[o]);
         });
       };
       each([&](int64_t, T normal, T normal_t, T h, T h_t) {
@@ -148,11 +149,11 @@ struct SampleNorm {
         to[at] = s[1] * (q_t - s[1] * t[1] * q) + (l.accumulate[0] ? to[at] : 0);
       });
     });
-    parameters(c, l, [&](int64_t n, int64_t g, int64_t at, T& to_weight, T& to_bias) {
+    parameters(c, l, [&](int64_t n, int64_t g, int64_t at, int64_t o, T& to_weight, T& to_bias) {
       const T *s = kept(c, l, c.f, n, g), *t = kept(c, l, c.t, n, g);
       const T normal = (c.f.value(in, n)[at] - s[0]) * s[1];
-      to_bias = c.t.gradient(out, n)[at];
-      to_weight = to_bias * normal + c.f.gradient(out, n)[at] * tangent(s, t, normal, c.t.value(in, n), at);
+      to_bias = c.t.gradient(out, n)[o];
+      to_weight = to_bias * normal + c.f.gradient(out, n)[o] * tangent(s, t, normal, c.t.value(in, n), at);
     });
   }
 };

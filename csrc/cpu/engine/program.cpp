@@ -145,6 +145,7 @@ void Builder::parse_layer(const int64_t* p, const double* numbers) {
         l.mean = slot(a[5], kChannels, 1, 1, in.c, 1, 1, 1, "mean");
         l.variance = slot(a[6], kChannels, 1, 1, in.c, 1, 1, 1, "variance");
       }
+      l.eps = l.a;
       network.batch_statistics |= l.statistics == kBatch;
       break;
     }
@@ -237,7 +238,6 @@ void Builder::fuse() {
     Layer& block = layers[i];
     block.pooled = block.kind == kPool;
     bool active = block.kind != kNorm;  // an activation comes before the pooling, once
-    const double eps = block.a;
     block.kind = kBlock;
     while (!block.pooled && readers[block.out].size() == 1) {
       const int next = readers[block.out][0];
@@ -258,7 +258,6 @@ void Builder::fuse() {
     }
     if (!block.pooled) block.kh = block.kw = block.sh = block.sw = 1;
     if (block.divisor == 0) block.divisor = block.kh * block.kw;
-    block.eps = eps;
   }
   std::vector<Layer> kept;
   for (size_t i = 0; i < layers.size(); i++)

@@ -1,0 +1,395 @@
+"""The CPU engine's side of ``inner_loop``, ``network``, ``task_loss``, ``hvp`` and of the single-pass meta-gradient.
+
+``choose`` says whether the engine can run a call, or why not. The Functions below compute values and first
+derivatives by the operators of ``ops/engine.py``, second derivatives of the network and the loss too; a derivative
+beyond that (a backward pass that is itself recorded, by ``create_graph=True``) goes the reference's way, which is
+differentiable to any order: never through a gradient that was computed before and is a constant by now.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import losses, recognise
+from .fingerprint import Fingerprint
+from .ops import engine, library  # noqa: F401: the operators
+from .program import ABSENT, Kind, LossKind, Network
+from .stateless import Layout
+
+BACKENDS = ("auto", "compiled", "torch")
+_ops = torch.ops.maml_ext
+_KINDS = {
+    "mse": LossKind.MSE,
+    "huber": LossKind.HUBER,
+    "bce_with_logits": LossKind.BINARY,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A call the engine can run: the program with its loss, and where its constants come from."""
+
+    network: Network
+    program: list[int]
+    numbers: list[float]
+    sources: tuple[Tensor, ...]
+    loss: losses.Loss | None
+
+    @property
+    def constants(self) -> Tensor | None:
+        if not self.sources:
+            return None
+        return torch.cat([source.detach().reshape(-1) for source in self.sources])
+
+    def arguments(self, theta: Tensor) -> tuple:
+        return self.program, self.numbers, self.constants, theta
+
+
+class _Known:
+    """What is known of a module as long as its fingerprint matches."""
+
+    def __init__(self, module: nn.Module):
+        self.fingerprint = Fingerprint(module)
+        self.networks: dict[torch.Size, Network | str] = {}
+        try:
+            self.graph = recognise.trace(module)
+        except recognise.Unrecognised as reason:
+            self.graph = None
+            self.reason = str(reason)
+
+    def network(self, layout: Layout, sample: torch.Size) -> Network | str:
+        if self.graph is None:
+            return self.reason
+        if sample not in self.networks:
+            try:
+                self.networks[sample] = recognise.network(self.graph, layout, sample)
+            except recognise.Unrecognised as reason:
+                self.networks[sample] = str(reason)
+        return self.networks[sample]
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+
+
+def known(module: nn.Module) -> _Known:
+    found = _known.get(module)
+    if found is None or not found.fingerprint.matches():
+        found = _known[module] = _Known(module)
+    return found
+
+
+def unfit(theta: Tensor) -> str | None:
+    """Why the engine cannot run now, whatever the network; None where it can."""
+    if library.ABSENT:
+        library.warn_if_absent()
+        return f"there is no compiled engine: {library.ABSENT}"
+    if theta.device.type != "cpu":
+        return f"there is a compiled engine for the CPU only, the parameters are on {theta.device}"
+    if theta.dtype not in (torch.float32, torch.float64):
+        return f"the compiled engine computes in float32 and float64, the parameters are {theta.dtype}"
+    return transformed()
+
+
+def transformed() -> str | None:
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active: the reference differentiates and batches inside it"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active, which the reference has"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on, the compiled engine computes in the parameters' dtype"
+    return None
+
+
+def choose(module: nn.Module, layout: Layout, theta: Tensor, x, y, loss, backend: str) -> Compiled | str:
+    """The compiled form of a call, or why there is none. ``loss`` None: predictions only."""
+    if backend == "torch":
+        return "backend='torch' was asked for"
+    reason = unfit(theta)
+    if reason:
+        return reason
+    if not isinstance(x, Tensor):
+        return "several inputs: the compiled engine knows networks of one"
+    if x.dtype != theta.dtype:
+        return f"the compiled engine needs inputs in the parameters' dtype, they are {x.dtype}"
+    network = known(module).network(layout, x.shape[2:])
+    if isinstance(network, str):
+        return f"not a network the compiled engine knows: {network}"
+    return _with_loss(network, loss, y)
+
+
+def _with_loss(network: Network, loss, y) -> Compiled | str:
+    if loss is None:
+        ints, numbers, found, sources = [LossKind.NONE, 0, ABSENT, 0], [0.0, 0.0], None, ()
+    else:
+        found = losses.recognise(loss)
+        if found is None:
+            return "the loss is a callable of its own, which the compiled engine cannot look into"
+        if not isinstance(y, Tensor):
+            return f"the target is a {type(y).__name__}, the compiled engine knows tensors"
+        kind, weights, sources = _KINDS.get(found.kind), ABSENT, ()
+        if kind is None:
+            kind = LossKind.SOFT_LABELS if y.is_floating_point() else LossKind.LABELS
+            if found.class_weight is not None:
+                sources = (found.class_weight,)
+                weights = -(network.program[2] + 2)
+        parameter = found.delta if kind == LossKind.HUBER else found.smoothing
+        ints, numbers = [int(kind), found.ignore_index, weights, 0], [parameter, 0.0]
+    program = list(network.program)
+    program[2] += sum(s.numel() for s in sources)
+    return Compiled(
+        network, program + list(map(int, ints)), [*network.numbers, *numbers], (*network.sources, *sources), found
+    )
+
+
+def _raw(operator: Callable, *arguments) -> Sequence[Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def _recorded(again: Callable, inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence) -> list:
+    """Gradients of ``again(*inputs)`` by the reference, recorded so that they differentiate further."""
+    with torch.enable_grad():
+        inputs = [i.view_as(i) if isinstance(i, Tensor) and n else i for i, n in zip(inputs, needed)]
+        outputs = again(*inputs)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        pairs = [(o, c) for o, c in zip(outputs, cotangents) if c is not None and o.requires_grad]
+        wanted = [i for i, n in zip(inputs, needed) if n]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs], wanted, [c for _, c in pairs], create_graph=True, materialize_grads=True
+            )
+        )
+        return [next(found) if n else None for n in needed]
+
+
+def _to(theta: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.sum(0) if theta.dim() == 1 else gradient
+
+
+def _or_none(needed: Sequence[bool], gradients: Sequence[Tensor | None]) -> list:
+    return [g if n else None for n, g in zip(needed, gradients)]
+
+
+class _Predict(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call: Compiled, again: Callable, theta: Tensor, x: Tensor):
+        ctx.call, ctx.again = call, again
+        ctx.save_for_backward(theta, x)
+        return _raw(_ops.predict.default, *call.arguments(theta), x, list(call.network.prediction))[0]
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        theta, x = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            return None, None, *_or_none(needed, _Pull.apply(ctx.call, ctx.again, theta, x, cotangent))
+        found = _raw(_ops.pull.default, *ctx.call.arguments(theta), x, cotangent, list(map(int, needed)))
+        return None, None, _to(theta, found[0]) if needed[0] else None, found[1] if needed[1] else None
+
+
+class _Pull(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call: Compiled, again: Callable, theta: Tensor, x: Tensor, cotangent: Tensor):
+        ctx.call, ctx.again = call, again
+        ctx.save_for_backward(theta, x, cotangent)
+        to_theta, to_x = _raw(_ops.pull.default, *call.arguments(theta), x, cotangent, [1, 1])
+        return _to(theta, to_theta), to_x
+
+    @staticmethod
+    def backward(ctx, theta_t, x_t):
+        theta, x, cotangent = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def again(theta, x, cotangent):
+                return _recorded(ctx.again, (theta, x), (True, True), (cotangent,))
+
+            return None, None, *_recorded(again, ctx.saved_tensors, ctx.needs_input_grad[2:], (theta_t, x_t))
+        to_cotangent, to_theta, to_x = _raw(
+            _ops.pull_tangent.default, *ctx.call.arguments(theta), x, cotangent, theta_t, x_t
+        )
+        return None, None, *_or_none(ctx.needs_input_grad[2:], (_to(theta, to_theta), to_x, to_cotangent))
+
+
+class _Score(torch.autograd.Function):
+    """Losses; the gradients that will be wanted are computed along with them."""
+
+    @staticmethod
+    def forward(ctx, call: Compiled, again: Callable, theta: Tensor, x: Tensor, y: Tensor):
+        needed = ctx.needs_input_grad[2:]
+        ctx.call, ctx.again = call, again
+        loss, *gradients, _ = _raw(_ops.score.default, *call.arguments(theta), x, y, None, [*map(int, needed), 0])
+        ctx.save_for_backward(theta, x, y, *gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        theta, x, y, *gradients = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            gradients = _ScoreGradient.apply(ctx.call, ctx.again, theta, x, y, needed[2])
+        scaled = [cotangent.reshape(-1, *[1] * (g.dim() - 1)) * g if n else None for n, g in zip(needed, gradients)]
+        if needed[0]:
+            scaled[0] = _to(theta, scaled[0])
+        return None, None, *scaled
+
+
+class _ScoreGradient(torch.autograd.Function):
+    """Gradients of the losses by theta (a task each), x and y."""
+
+    @staticmethod
+    def forward(ctx, call: Compiled, again: Callable, theta: Tensor, x: Tensor, y: Tensor, by_y: bool):
+        ctx.call, ctx.again, ctx.by_y = call, again, by_y
+        ctx.save_for_backward(theta, x, y)
+        ctx.set_materialize_grads(False)
+        return tuple(_raw(_ops.score.default, *call.arguments(theta), x, y, None, [1, 1, int(by_y), 0])[1:4])
+
+    @staticmethod
+    def backward(ctx, *directions):
+        theta, x, y = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:5]
+        directions = directions if ctx.by_y else (*directions[:2], None)
+        if torch.is_grad_enabled():
+            return None, None, *_gradients_again(ctx, (theta, x, y), needed, directions), None
+        found = _raw(
+            _ops.score_tangent.default, *ctx.call.arguments(theta), x, y, None, *directions, None, [1, int(ctx.by_y), 0]
+        )
+        return None, None, *_or_none(needed, (_to(theta, found[0]), found[1], found[2])), None
+
+
+def _gradients_again(ctx, inputs, needed, directions):
+    """The derivative of the gradients of the losses along ``directions``, by the reference and recorded."""
+
+    def again(theta, x, y):
+        own = theta.expand(len(x), -1) if theta.dim() == 1 else theta
+        free = (True, True, ctx.by_y)
+        return _recorded(lambda *i: ctx.again(*i).sum(), (own, x, y), free, (torch.ones((), dtype=theta.dtype),))
+
+    return _recorded(again, inputs, needed, directions)
+
+
+class _Adapt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call: Compiled, again: Callable, steps: int, exact: bool, theta, lr, x, y):
+        ctx.call, ctx.again, ctx.exact = call, again, exact
+        ctx.set_materialize_grads(False)
+        thetas = _raw(_ops.adapt.default, *call.arguments(theta), lr, x, y, None, steps)
+        ctx.save_for_backward(theta, lr, x, y, *thetas)
+        return tuple(thetas)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        theta, lr, x, y, *thetas = ctx.saved_tensors
+        needed = ctx.needs_input_grad[4:]
+        none = (None,) * 4
+        if all(c is None for c in cotangents):
+            return *none, *[None] * 4
+        if torch.is_grad_enabled():
+            return *none, *_recorded(ctx.again, (theta, lr, x, y), needed, cotangents)
+        at = [k for k, c in enumerate(cotangents) if c is not None]
+        found = _raw(
+            _ops.adjoint.default, *ctx.call.arguments(theta), lr, x, y, None, thetas[:-1],
+            [cotangents[k] for k in at], at, not ctx.exact, [*map(int, needed[1:]), 0],
+        )  # fmt: skip
+        return *none, *_or_none(needed, (_to(theta, found[0]), *found[1:4]))
+
+
+class _Hvp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call: Compiled, again: Callable, theta, vector, x, y):
+        ctx.again = again
+        ctx.save_for_backward(theta, vector, x, y)
+        return _raw(_ops.score_tangent.default, *call.arguments(theta), x, y, None, vector, None, None, None, [0, 0, 0])[0]
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return None, None, *_recorded(ctx.again, ctx.saved_tensors, ctx.needs_input_grad[2:], (cotangent,))
+
+
+class _Meta(torch.autograd.Function):
+    """Losses after adaptation, with the meta-gradient computed in the same pass over each task.
+
+    ``mean``: of the losses over tasks, and then gradients are summed over tasks in the engine. A gradient by what
+    all tasks share is not known for a loss a task before their cotangents are: without ``mean`` the parameters'
+    gradient is kept a task each.
+    """
+
+    @staticmethod
+    def forward(ctx, call: Compiled, again: Callable, options: tuple, lr, support_x, support_y, query_x, query_y, *parameters):
+        steps, first_order, mean = options
+        theta = torch.cat([p.reshape(-1) for p in parameters])
+        needed = ctx.needs_input_grad[3:]
+        wanted = [int(needed[0]), int(needed[1]), int(needed[2]), 0, int(needed[3]), int(needed[4]), 0]
+        loss, *found = _raw(
+            _ops.meta.default, call.program, call.numbers, call.constants, theta, lr, support_x, support_y, None,
+            query_x, query_y, None, steps, first_order, mean, wanted,
+        )  # fmt: skip
+        ctx.again, ctx.mean, ctx.tasks = again, mean, loss.shape[0]
+        ctx.inputs = 5 + len(parameters)
+        to_theta, to_lr, to_support_x, to_support_y, _, to_query_x, to_query_y, _ = found
+        ctx.save_for_backward(
+            lr, support_x, support_y, query_x, query_y, *parameters,
+            to_theta, to_lr, to_support_x, to_support_y, to_query_x, to_query_y,
+        )  # fmt: skip
+        return loss.mean() if mean else loss
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        inputs, (to_theta, to_lr, *to_data) = saved[: ctx.inputs], saved[ctx.inputs :]
+        if torch.is_grad_enabled():
+            return None, None, None, *_recorded(ctx.again, inputs, needed, (cotangent,))
+        result = [None] * ctx.inputs
+        if ctx.mean:
+            cotangent = cotangent / ctx.tasks
+            flat = cotangent * to_theta
+        else:
+            flat = cotangent @ to_theta
+        at = 0
+        for i, (parameter, need) in enumerate(zip(inputs[5:], needed[5:]), 5):
+            size = parameter.numel()
+            if need:
+                result[i] = flat[at : at + size].view(parameter.shape)
+            at += size
+        if needed[0]:
+            result[0] = cotangent * to_lr
+        for i, gradient in enumerate(to_data, 1):
+            if needed[i]:
+                result[i] = cotangent.reshape(-1, *[1] * (gradient.dim() - 1)) * gradient
+        return None, None, None, *result
+
+
+def predict(call: Compiled, again: Callable, theta: Tensor, x: Tensor) -> Tensor:
+    return _Predict.apply(call, again, theta, x)
+
+
+def score(call: Compiled, again: Callable, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return _Score.apply(call, again, theta, x, y)
+
+
+def adapt(call: Compiled, again: Callable, theta, lr, x, y, steps: int, exact: bool) -> tuple[Tensor, ...]:
+    return _Adapt.apply(call, again, steps, exact, theta, lr, x, y)
+
+
+def hvp(call: Compiled, again: Callable, theta: Tensor, vector: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return _Hvp.apply(call, again, theta, vector, x, y)
+
+
+def meta(call: Compiled, again: Callable, options: tuple, lr, data: Sequence[Tensor], parameters: Sequence) -> Tensor:
+    return _Meta.apply(call, again, options, lr, *data, *parameters)
+
+
+def describe(call: Compiled) -> list[str]:
+    """The layers of a program, a line each."""
+    return [f"{j:3}  {text}" for j, text in enumerate(call.network.descriptions)]
+
+
+def caveats(call: Compiled) -> list[str]:
+    """What of a call the engine runs, but not as fast as it could."""
+    layers = [call.network.layer(j) for j in range(call.network.layers)]
+    groups = [layer[3 + 11] for layer in layers if layer[0] == Kind.CONTRACT and layer[3 + 11] > 1]
+    return [f"a convolution in {g} groups runs as a full one with zeros, {g} times the work" for g in groups]

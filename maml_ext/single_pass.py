@@ -1,0 +1,124 @@
+"""Adapting and scoring in one call of the engine: the meta-gradient is computed while a task is in cache.
+
+What a call needs beyond its tensors is put together once for each kind of call and module, and a look at whether
+all is as it was is what a further call costs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import compiled, functional, losses
+from .plan import check_statistics
+from .rates import as_rows, check_rate, from_rows
+from .stateless import Layout
+
+
+@dataclass(eq=False)
+class _Ready:
+    known: object  # what was known of the module: another one means that it has changed
+    call: compiled.Compiled
+    sizes: list[int]
+    parameters: list[Tensor]
+    rate: float | None = None
+    rows: Tensor | None = None
+
+
+_ready: weakref.WeakKeyDictionary[nn.Module, dict[tuple, _Ready]] = weakref.WeakKeyDictionary()
+REMEMBERED = 64
+
+
+def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
+    """The losses of ``maml`` (a ``MAML``) on (support_x, support_y, query_x, query_y); None where it takes two passes."""
+    if not torch.is_grad_enabled() or maml.backend == "torch" or compiled.transformed():
+        return None
+    loss = losses.recognise(maml.loss)
+    if loss is None or not all(isinstance(d, Tensor) for d in data) or not isinstance(steps, int):
+        return None
+    known = compiled.known(maml.module)
+    key = (steps, loss.settings, *[(d.shape, d.dtype, d.device) for d in data])
+    ready = _ready.setdefault(maml, {})
+    found = ready.get(key)
+    if found is None or found.known is not known:
+        found = _prepare(maml, known, data)
+        if found is None:
+            return None
+        if len(ready) >= REMEMBERED:
+            ready.clear()
+        ready[key] = found
+    mean = maml.reduction == "mean"
+    lr = maml.lr
+    if not isinstance(lr, Tensor):
+        if found.rate != lr:
+            found.rate, found.rows = lr, as_rows(functional.as_rate(lr, found.parameters[0]), found.sizes)
+        rows = found.rows
+    elif lr.requires_grad and not mean:
+        return None  # the gradient of what all tasks share needs the cotangents of their losses
+    else:
+        check_rate(lr, found.sizes, steps, found.parameters[0].dtype)
+        rows = as_rows(lr, found.sizes)
+    first_order = maml.meta_gradient == "first_order"
+    if first_order:
+        data = (data[0].detach(), data[1].detach(), *data[2:])
+    try:
+        return compiled.meta(
+            found.call, _again(maml, steps), (steps, first_order, mean), rows, data, found.parameters
+        )
+    except RuntimeError:
+        for name, x, y in (("support_y", *data[:2]), ("query_y", *data[2:])):
+            losses.check_labels(loss, name, y, torch.Size((x.shape[1], *found.call.network.prediction)))
+        raise
+
+
+def _prepare(maml, known, data: tuple) -> _Ready | None:
+    """None where anything is wrong: two passes raise what there is to raise."""
+    layout = Layout(maml.module)
+    theta = layout.flatten().detach()
+    support_x, support_y, query_x, query_y = data
+    if support_x.shape[2:] != query_x.shape[2:] or support_x.shape[:1] != query_x.shape[:1]:
+        return None
+    calls = []
+    for names, x, y in ((functional.SUPPORT, *data[:2]), (functional.QUERY, *data[2:])):
+        try:
+            functional.check_steps(maml.steps)
+            functional.check_data(names, x, y, theta, named_loss=isinstance(maml.loss, str))
+            call = compiled.choose(maml.module, layout, theta, x, y, maml.loss, maml.backend)
+            if not isinstance(call, compiled.Compiled):
+                return None
+            check_statistics(maml.module)
+            losses.check_fit(call.loss, names[1], y, torch.Size((x.shape[1], *call.network.prediction)), theta.dtype)
+        except (TypeError, ValueError):
+            return None
+        calls.append(call)
+    if calls[0].program != calls[1].program:
+        return None
+    return _Ready(known, calls[0], layout.sizes, list(layout.parameters.values()))
+
+
+def _again(maml, steps: int) -> Callable:
+    """The same losses by the reference, differentiable to any order."""
+
+    def again(rows, support_x, support_y, query_x, query_y, *parameters):
+        theta = torch.cat([p.reshape(-1) for p in parameters])
+        thetas = functional.inner_loop(
+            maml.module,
+            theta,
+            support_x,
+            support_y,
+            lr=from_rows(rows),
+            steps=steps,
+            loss=maml.loss,
+            meta_gradient=maml.meta_gradient,
+            backend="torch",
+        )
+        result = functional.task_loss(
+            maml.module, thetas[-1], query_x, query_y, loss=maml.loss, backend="torch", names=functional.QUERY
+        )
+        return result.mean() if maml.reduction == "mean" else result
+
+    return again
