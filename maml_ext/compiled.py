@@ -119,6 +119,8 @@ def choose(module: nn.Module, layout: Layout, theta: Tensor, x, y, loss, backend
     network = known(module).network(layout, x.shape[2:])
     if isinstance(network, str):
         return f"not a network the compiled engine knows: {network}"
+    if network.fewest_positions * x.shape[1] == 1:
+        return "one value a channel has no batch statistics"
     return _with_loss(network, loss, y)
 
 
@@ -154,7 +156,11 @@ def _raw(operator: Callable, *arguments) -> Sequence[Tensor]:
 def _recorded(again: Callable, inputs: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence) -> list:
     """Gradients of ``again(*inputs)`` by the reference, recorded so that they differentiate further."""
     with torch.enable_grad():
-        inputs = [i.view_as(i) if isinstance(i, Tensor) and n else i for i, n in zip(inputs, needed)]
+        # An alias of each, so that one computed from another is a variable of its own here.
+        inputs = [
+            i if not n else i.view_as(i) if i.requires_grad else i.detach().requires_grad_()
+            for i, n in zip(inputs, needed)
+        ]
         outputs = again(*inputs)
         outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         pairs = [(o, c) for o, c in zip(outputs, cotangents) if c is not None and o.requires_grad]

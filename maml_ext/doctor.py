@@ -32,6 +32,8 @@ def doctor() -> int:
     for device in devices:
         for dtype, tolerance in TOLERANCE.items():
             for name, check in CHECKS.items():
+                if "CPU" in name and device != "cpu":
+                    continue
                 try:
                     error = check(device, dtype)
                     verdict = f"{'ok    ' if error <= tolerance else 'WRONG '} error {error:.1e}, at most {tolerance:.0e}"
@@ -53,10 +55,11 @@ def _cuda() -> str:
 def _compiled() -> str:
     if library.ABSENT:
         return f"absent: {library.ABSENT}"
-    return "CPU kernels for float32 and float64 (sgd_update), stable ABI of torch 2.10 and later"
+    lanes = torch.ops.maml_ext.vector_bytes()
+    return f"the CPU engine and sgd_update, float32 and float64, vectors of {lanes} bytes; stable ABI of torch 2.10 and later"
 
 
-def _meta_gradient(meta_gradient: str) -> Callable:
+def _meta_gradient(meta_gradient: str, backend: str) -> Callable:
     def check(device: str, dtype: torch.dtype) -> float:
         """Relative error of the gradient against ``create_graph=True`` in float64."""
         torch.manual_seed(0)
@@ -64,7 +67,8 @@ def _meta_gradient(meta_gradient: str) -> Callable:
         data = [torch.randn(4, 5, width, dtype=torch.float64) for width in (3, 2, 3, 2)]
         expected = _plain_loop(net, *data, lr=0.1, steps=3, create_graph=meta_gradient == "exact")
         net.to(device, dtype)
-        maml = maml_ext.MAML(net, lr=0.1, steps=3, meta_gradient=meta_gradient, reduction="mean")
+        options = dict(meta_gradient=meta_gradient, reduction="mean", backend=backend)
+        maml = maml_ext.MAML(net, lr=0.1, steps=3, **options)
         loss = maml(*(d.to(device, dtype) for d in data))
         return _error(torch.autograd.grad(loss, list(net.parameters())), expected)
 
@@ -83,8 +87,10 @@ def _update(device: str, dtype: torch.dtype) -> float:
 
 
 CHECKS = {
-    "meta-gradient, torch engine": _meta_gradient("exact"),
-    "first-order, torch engine": _meta_gradient("first_order"),
+    "meta-gradient, torch engine": _meta_gradient("exact", "torch"),
+    "first-order, torch engine": _meta_gradient("first_order", "torch"),
+    **({} if library.ABSENT else {"meta-gradient, CPU engine": _meta_gradient("exact", "compiled")}),
+    **({} if library.ABSENT else {"first-order, CPU engine": _meta_gradient("first_order", "compiled")}),
     "sgd_update, compiled" if library.ABSENT is None else "sgd_update, formula": _update,
 }
 

@@ -56,7 +56,7 @@ class Network:
         numbers: likewise.
         sources: what makes up the constants, in this order: references, so that changed values are seen.
         prediction: shape of the prediction of a sample.
-        batch_statistics: whether a norm uses statistics of the batch.
+        fewest_positions: of a sample, that a norm over the batch sees; 0 where there is no such norm.
         descriptions: a line for each layer.
     """
 
@@ -64,7 +64,7 @@ class Network:
     numbers: tuple[float, ...]
     sources: tuple[Tensor, ...]
     prediction: torch.Size
-    batch_statistics: bool
+    fewest_positions: int
     descriptions: tuple[str, ...]
 
     @property

@@ -67,21 +67,42 @@ def trace(module: nn.Module) -> torch.fx.Graph:
     if any(a.default is a.empty for a in arguments[1:]):
         raise Unrecognised("forward takes several inputs")
     defaults = None if _is_layer(module) else {a.name: a.default for a in arguments[1:]} or None
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in module.buffers()]
-    state = torch.random.get_rng_state()
+    before = _State(module)
     try:
         graph = _Tracer().trace(_root(module), concrete_args=defaults)
     except Exception as error:  # whatever a user's forward raises on symbols
         raise Unrecognised(f"torch.fx cannot trace it: {type(error).__name__}: {_first_line(error)}") from error
     finally:
-        torch.random.set_rng_state(state)
-        changed = [(buffer, before) for buffer, version, before in buffers if buffer._version != version]
-        with torch.no_grad():
-            for buffer, before in changed:
-                buffer.copy_(before)
+        changed = before.restore()
     if changed:
-        raise Unrecognised("its forward writes to a buffer")
+        raise Unrecognised("its forward changes the module's attributes or buffers")
     return graph
+
+
+class _State:
+    """What tracing a forward method might change: attributes, values of buffers, the random generator."""
+
+    def __init__(self, module: nn.Module):
+        self.random = torch.random.get_rng_state()
+        dicts = [d for m in module.modules() for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
+        self.dicts = [(d, dict(d)) for d in dicts]
+        self.buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in module.buffers()]
+
+    def restore(self) -> bool:
+        """Put it back; whether anything but the generator had changed."""
+        torch.random.set_rng_state(self.random)
+        changed = False
+        for d, then in self.dicts:
+            if len(d) != len(then) or any(d.get(name) is not value for name, value in then.items()):
+                changed = True
+                d.clear()
+                d.update(then)
+        with torch.no_grad():
+            for buffer, version, then in self.buffers:
+                if buffer._version != version:
+                    changed = True
+                    buffer.copy_(then)
+        return changed
 
 
 def network(graph: torch.fx.Graph, layout: Layout, sample: torch.Size) -> Network:
@@ -156,7 +177,7 @@ class _Reader:
             self.offsets[id(parameter)] = at
             at += parameter.numel()
         self.dtype = next(iter(layout.parameters.values())).dtype
-        self.batch_statistics = False
+        self.fewest_positions = 0
         self.env: dict[torch.fx.Node, object] = {}
         self.order = {node: i for i, node in enumerate(graph.nodes)}
 
@@ -181,7 +202,7 @@ class _Reader:
             tuple(self.numbers),
             tuple(self.sources),
             torch.Size(result.shape),
-            self.batch_statistics,
+            self.fewest_positions,
             tuple(self.descriptions),
         )
 
@@ -346,7 +367,9 @@ class _Reader:
         shape = x.shape if elements else x.shape[:1]
         refs = [self.reference(t, shape, name) for t, name in ((weight, "weight"), (bias, "bias"))]
         refs += [self.reference(t, x.shape[:1], "running statistics") for t in (mean, variance)]
-        self.batch_statistics |= statistics == Statistics.BATCH
+        if statistics == Statistics.BATCH:
+            positions = math.prod(x.shape[1:])
+            self.fewest_positions = min(self.fewest_positions or positions, positions)
         attributes = [statistics, groups, int(elements), *refs]
         return self.layer(Kind.NORM, x, attributes, x.shape, text, numbers=(eps, 0.0))
 

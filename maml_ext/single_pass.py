@@ -38,7 +38,9 @@ def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
     if not torch.is_grad_enabled() or maml.backend == "torch" or compiled.transformed():
         return None
     loss = losses.recognise(maml.loss)
-    if loss is None or not all(isinstance(d, Tensor) for d in data) or not isinstance(steps, int):
+    if loss is None or not all(isinstance(d, Tensor) for d in data):
+        return None
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         return None
     known = compiled.known(maml.module)
     key = (steps, loss.settings, *[(d.shape, d.dtype, d.device) for d in data])

@@ -135,7 +135,7 @@ def test_gradcheck_of_one_parameter_alone(wrap):
 def test_gradcheck_catches_a_wrong_backward(monkeypatch):
     """The negative control, for a backward rule that is off by a tenth."""
     monkeypatch.setattr(reference, "reduce_rate", lambda product, row, sizes: 0.9 * product.sum())
-    function, arguments = Case().function("inner_loop")
+    function, arguments = Case(TaskByTask).function("inner_loop")  # which the reference runs
     with pytest.raises(GradcheckError):
         gradcheck(function, arguments)
 

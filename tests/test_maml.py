@@ -208,22 +208,26 @@ def test_the_functional_layer_is_the_same_computation():
 # explain.
 
 
-def test_explain():
-    maml, batch = maml_ext.MAML(smooth_mlp(), lr=0.1, steps=3), vectors()
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_explain(backend):
+    maml, batch = maml_ext.MAML(smooth_mlp(), lr=0.1, steps=3, backend=backend), vectors()
     explanation = maml.explain(*batch[:2])
     report = str(explanation)
-    assert explanation.engine == "torch" and "torch" in report.splitlines()[0]
+    engine = "torch" if backend == "torch" or library.ABSENT else "cpu"
+    assert explanation.engine == engine and engine in report.splitlines()[0]
     assert isinstance(explanation.reasons, list) and all(isinstance(r, str) for r in explanation.reasons)
     assert all(reason in report for reason in explanation.reasons)
-    assert any("no compiled engine" in reason for reason in explanation.reasons)
-    assert f"tasks          {TASKS}, all at once" in report
+    assert (engine == "cpu") == (not explanation.reasons)
+    assert f"tasks          {TASKS}, {'all at once' if engine == 'torch' else 'shared out over threads'}" in report
+    assert all(layer in report for layer in ("linear 5", "tanh", "linear 2")) == (engine == "cpu")
     assert "3 steps" in report and "32 parameters (4 tensors)" in report and "exact" in report
     assert "first_order" in str(maml_ext.MAML(smooth_mlp(), meta_gradient="first_order").explain(*batch[:2]))
 
 
 def test_explain_gives_the_reason_for_a_loop():
     batch = vectors()
-    at_once, looped = (maml_ext.MAML(m).explain(*batch[:2]) for m in (smooth_mlp(), TaskByTask(smooth_mlp())))
+    modules = smooth_mlp(), TaskByTask(smooth_mlp())
+    at_once, looped = (maml_ext.MAML(m, backend="torch").explain(*batch[:2]) for m in modules)
     assert "all at once" in str(at_once) and not any("vmap" in r for r in at_once.reasons)
     assert "one after another" in str(looped)
     assert any("torch.vmap" in reason and ".item()" in reason for reason in looped.reasons)
@@ -237,11 +241,11 @@ def test_explain_says_what_was_asked_for():
 def test_large_convolutions_are_looped_over_on_a_cpu(monkeypatch):
     """Small ones run all at once; the results are the same."""
     module, batch = conv_net(), images()
-    maml = maml_ext.MAML(module, lr=0.1, steps=2, loss="cross_entropy")
+    maml = maml_ext.MAML(module, lr=0.1, steps=2, loss="cross_entropy", backend="torch")
     assert runs_at_once(maml, batch)
     at_once = maml(*batch)
     monkeypatch.setattr(plan, "LARGE_CONVOLUTIONS", 100)
-    other = maml_ext.MAML(nn.Sequential(module), lr=0.1, steps=2, loss="cross_entropy")
+    other = maml_ext.MAML(nn.Sequential(module), lr=0.1, steps=2, loss="cross_entropy", backend="torch")
     assert not runs_at_once(other, batch)
     (reason,) = [r for r in other.explain(*batch[:2]).reasons if "one after another" in r]
     assert "3,888 multiply-adds of convolutions" in reason  # 4 images, 6 x 6 pixels, 3 filters of 3 x 3

@@ -325,6 +325,25 @@ Tensors meta(Ints program, Numbers numbers, Maybe constants, Tensor theta, Tenso
   });
 }
 
+int64_t vector_bytes() { return e::engine_for_this_machine().vector_bytes; }
+
+void record(bool on) { e::record_profile(on); }
+
+// What was recorded: [entries, (layer, rule, seconds)].
+Tensor recorded(Tensor like) {
+  STD_TORCH_CHECK(like.is_cpu() && like.scalar_type() == ScalarType::Double, "like: expected float64 on the CPU");
+  const e::Profile* entries;
+  const int64_t count = e::profile_entries(&entries);
+  const Tensor result = torch::stable::new_empty(like, {count, 3});
+  double* to = result.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < count; i++) {
+    to[3 * i] = entries[i].layer;
+    to[3 * i + 1] = entries[i].rule;
+    to[3 * i + 2] = entries[i].seconds;
+  }
+  return result;
+}
+
 }  // namespace
 }  // namespace maml_ext
 
@@ -337,4 +356,10 @@ STABLE_TORCH_LIBRARY_IMPL(maml_ext, CPU, m) {
   m.impl("adapt", TORCH_BOX(&maml_ext::adapt));
   m.impl("adjoint", TORCH_BOX(&maml_ext::adjoint));
   m.impl("meta", TORCH_BOX(&maml_ext::meta));
+  m.impl("recorded", TORCH_BOX(&maml_ext::recorded));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(maml_ext, CompositeExplicitAutograd, m) {
+  m.impl("vector_bytes", TORCH_BOX(&maml_ext::vector_bytes));
+  m.impl("record", TORCH_BOX(&maml_ext::record));
 }

@@ -26,6 +26,10 @@ from torch import Tensor
 
 from . import library
 
+library.declare("vector_bytes() -> int")
+library.declare("record(bool on) -> ()")
+library.declare("recorded(Tensor like) -> Tensor")
+
 _PROGRAM = "int[] program, float[] numbers, Tensor? constants, Tensor theta"
 
 
@@ -76,7 +80,8 @@ class _Rule(torch.autograd.Function):
         saved = ctx.saved_tensors
         leaves = [s if o is None else o for s, o in zip(saved, ctx.others)]
         arguments = torch.utils._pytree.tree_unflatten(leaves, ctx.spec)
-        gradients = ctx.rule(arguments, saved[n:], [_present(c) for c in cotangents])
+        cotangents = [_present(c) for c in cotangents]
+        gradients = ctx.rule(arguments, saved[n:], cotangents) if any(c is not None for c in cotangents) else {}
         places = torch.utils._pytree.tree_unflatten(list(range(n)), ctx.spec)
         result = [None] * n
         for i, gradient in gradients.items():

@@ -34,6 +34,11 @@ def warn_if_absent() -> None:
         warnings.warn(f"the compiled engines are absent, PyTorch formulas stand in: {ABSENT}", stacklevel=3)
 
 
+def declare(schema: str) -> None:
+    """An operator of the binary alone, which computes nothing and has no derivative."""
+    _library.define(schema)
+
+
 def define(schema: str, *, formula: Callable, fake: Callable, autograd: Callable, vmap: Callable) -> Callable:
     """Define a differentiable operator ``maml_ext::<schema>`` and return it.
 
