@@ -132,6 +132,7 @@ struct Block {
     T *mean = c.f.statistics(l), *r = mean + in.pitch;
     if (l.statistics == kFixed) {
       const T *m = c.p.slot(c.net, l.mean), *variance = c.p.slot(c.net, l.variance);
+      for (int64_t k = 0; k < in.pitch; k++) mean[k] = r[k] = 0;
       for (int64_t k = 0; k < in.c; k++) mean[k] = m[k], r[k] = T(1 / __builtin_sqrt(double(variance[k]) + l.eps));
       return;
     }
@@ -145,15 +146,41 @@ struct Block {
           first += d, second += d * d;
         });
     });
-    for (int64_t k = 0; k < in.pitch; k++) {
+    for (int64_t k = in.c; k < in.pitch; k++) mean[k] = r[k] = 0;  // the padding stays finite
+    for (int64_t k = 0; k < in.c; k++) {
       const double d = mean[k], variance = larger(0.0, double(r[k]) - d * d);
       mean[k] = T(shift[k] + d);
       r[k] = T(1 / __builtin_sqrt((r[k] != r[k] ? double(r[k]) : variance) + l.eps));
     }
   }
 
+  // An activation alone: one flat loop. Calls f(offset in x, offset in out) for every vector.
+  static INLINE bool alone(const Layer& l) { return !pooled && l.statistics == kNoStatistics; }
+  template <class F>
+  static INLINE void flat(const Context<T>& c, const Layer& l, F f) {
+    const Value &in = c.in(l), &out = c.out(l);
+    if (in.image == out.image && in.halo_h + in.halo_w + out.halo_h + out.halo_w == 0) {
+      const int64_t size = in.h * in.row;  // of a sample: whole vectors
+      if (size == in.image && c.f.count * size < 65536) {
+        for (int64_t i = 0; i < c.f.count * size; i += kLanes<T>) f(i, i);
+        return;
+      }
+    }
+    c.crew.each(c.f.count, in.h * in.row, [&](int64_t n) {
+      for (int64_t y = 0; y < in.h; y++)
+        for (int64_t x = 0; x < in.w * in.pitch; x += kLanes<T>)
+          f(n * in.image + y * in.row + x, n * out.image + y * out.row + x);
+    });
+  }
+
   static void forward(const Context<T>& c, const Layer& l) {
     const Value &in = c.in(l), &out = c.out(l);
+    if (alone(l)) {
+      const T* from = c.f.value(in);
+      T* result = c.f.value(out);
+      flat(c, l, [&](int64_t i, int64_t o) { store<T>(result + o, act(l, load<T>(from + i)).value); });
+      return;
+    }
     if (l.statistics != kNoStatistics) statistics(c, l);
     lines(c, l, [&](int64_t n, int64_t y, int64_t k) {
       const Channel ch = channel(c, l, k, false);
@@ -178,6 +205,13 @@ struct Block {
 
   static void backward(const Context<T>& c, const Layer& l) {
     const Value &in = c.in(l), &out = c.out(l);
+    if (alone(l)) {
+      const T *x = c.f.value(in), *g = c.f.gradient(out);
+      T* gx = c.f.gradient(in);
+      const bool add = l.accumulate[0];
+      flat(c, l, [&](int64_t i, int64_t o) { put<T>(gx + i, act(l, load<T>(x + i)).first * load<T>(g + o), add); });
+      return;
+    }
     T* s = c.f.statistics(l);
     const bool normed = l.statistics != kNoStatistics;
     if (normed) {
@@ -235,6 +269,12 @@ struct Block {
   static void tangent_forward(const Context<T>& c, const Layer& l) {
     const Value &in = c.in(l), &out = c.out(l);
     const bool moving = c.net.has_tangent[l.in];
+    if (alone(l)) {
+      const T *x = c.f.value(in), *x_t = c.t.value(in);
+      T* result = c.t.value(out);
+      flat(c, l, [&](int64_t i, int64_t o) { store<T>(result + o, act(l, load<T>(x + i)).first * load<T>(x_t + i)); });
+      return;
+    }
     if (l.statistics != kNoStatistics) {
       T* t = c.t.statistics(l);
       if (l.statistics == kBatch && moving)
@@ -269,6 +309,17 @@ struct Block {
 
   static void tangent_backward(const Context<T>& c, const Layer& l) {
     const Value &in = c.in(l), &out = c.out(l);
+    if (alone(l)) {
+      const T *x = c.f.value(in), *x_t = c.t.value(in), *g = c.f.gradient(out), *g_t = c.t.gradient(out);
+      T* gx_t = c.t.gradient(in);
+      const bool add = l.accumulate[0];
+      flat(c, l, [&](int64_t i, int64_t o) {
+        const Jet<T> jet = act(l, load<T>(x + i));
+        const V sum = jet.second * load<T>(x_t + i) * load<T>(g + o) + jet.first * load<T>(g_t + o);
+        put<T>(gx_t + i, sum, add);
+      });
+      return;
+    }
     const bool moving = c.net.has_tangent[l.in], normed = l.statistics != kNoStatistics;
     T* t = c.t.statistics(l);
     // gy and gy' of an element

@@ -134,7 +134,49 @@ struct Contract {
     }
   }
 
+  // A linear layer with so few outputs that vectors of them would be mostly padding: vectors run along the inputs.
+  // Only where the transposed filter is there anyway.
+  static INLINE bool narrow(const Context<T>& c, const Layer& l) {
+    const Value& in = c.in(l);
+    return c.out(l).c <= kLanes<T> / 4 && l.filter_rows && in.h * in.w == 1 && l.kh * l.kw == 1 &&
+           c.net.needs_gradient[l.in] && in.pitch % kLanes<T> == 0 && c.net.slot[l.weight].groups == 1;
+  }
+  struct Rowwise {
+    const T *data, *transposed;
+  };
+  static void narrow_forward(const Context<T>& c, const Layer& l, T* to, const Rowwise* terms, int count,
+                             const T* bias) {
+    const Value &in = c.in(l), &out = c.out(l);
+    for (int64_t n = 0; n < c.f.count; n++)
+      for (int64_t o = 0; o < out.c; o++) {
+        T sum = bias ? bias[o] : 0;
+        for (int s = 0; s < count; s++)
+          sum += row_product<T>(terms[s].data + n * in.image, terms[s].transposed + o * in.pitch, in.pitch);
+        to[n * out.image + o] = sum;
+      }
+  }
+  static void narrow_filter(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, bool add) {
+    const Value &in = c.in(l), &out = c.out(l);
+    for (int64_t o = 0; o < out.c; o++)
+      for (int64_t k = 0; k < in.c; k += kLanes<T>) {
+        Vec<T> sum{};
+        for (int s = 0; s < count; s++)
+          for (int64_t n = 0; n < c.f.count; n++)
+            sum += load<T>(terms[s].data + n * in.image + k) * terms[s].filter[n * out.image + o];
+        const int64_t lanes = smaller<int64_t>(kLanes<T>, in.c - k);
+        for (int64_t i = 0; i < lanes; i++) {
+          T& result = to[(k + i) * out.pitch + o];
+          result = sum[i] + (add ? result : 0);
+        }
+      }
+  }
+
   static void forward(const Context<T>& c, const Layer& l) {
+    if (narrow(c, l)) {
+      const Rowwise term{c.f.value(c.in(l)), c.p.transposed + c.net.slot[l.weight].transposed};
+      narrow_forward(c, l, c.f.value(c.out(l)), &term, 1, c.p.slot(c.net, l.bias));
+      return;
+    }
     const Term term{c.f.value(c.in(l)), c.p.slot(c.net, l.weight)};
     positions(c, l, *l.forward, c.out(l), c.f.value(c.out(l)), c.in(l), c.in(l).c, &term, 1,
               c.p.slot(c.net, l.bias), false);
@@ -150,7 +192,7 @@ struct Contract {
     const T* g = c.f.gradient(c.out(l));
     if (T* to = c.gradient(l.weight)) {
       const Term term{c.f.value(c.in(l)), g};
-      filter(c, l, to, &term, 1, !l.writes_weight);
+      (narrow(c, l) ? narrow_filter : filter)(c, l, to, &term, 1, !l.writes_weight);
     }
     if (T* to = c.gradient(l.bias)) bias(c, l, c.f, to);
     if (c.net.needs_gradient[l.in]) {
@@ -160,6 +202,12 @@ struct Contract {
   }
 
   static void tangent_forward(const Context<T>& c, const Layer& l) {
+    if (narrow(c, l)) {
+      const int64_t at = c.net.slot[l.weight].transposed;
+      const Rowwise terms[2] = {{c.t.value(c.in(l)), c.p.transposed + at}, {c.f.value(c.in(l)), c.d.transposed + at}};
+      narrow_forward(c, l, c.t.value(c.out(l)), terms, c.net.slot[l.weight].fixed ? 1 : 2, c.d.slot(c.net, l.bias));
+      return;
+    }
     Term terms[2];
     int count = 0;
     if (c.net.has_tangent[l.in]) terms[count++] = {c.t.value(c.in(l)), c.p.slot(c.net, l.weight)};
@@ -173,7 +221,7 @@ struct Contract {
     const T *g = c.f.gradient(c.out(l)), *tangent = c.t.gradient(c.out(l));
     if (T* to = c.gradient(l.weight)) {
       const Term terms[2] = {{c.f.value(c.in(l)), tangent}, {c.t.value(c.in(l)), g}};
-      filter(c, l, to, terms, c.net.has_tangent[l.in] ? 2 : 1, !l.writes_weight);
+      (narrow(c, l) ? narrow_filter : filter)(c, l, to, terms, c.net.has_tangent[l.in] ? 2 : 1, !l.writes_weight);
     }
     if (T* to = c.gradient(l.bias)) bias(c, l, c.t, to);
     if (c.net.needs_gradient[l.in]) {

@@ -133,10 +133,33 @@ INLINE void transpose_tile(Vec<T>* v) {
   }
 }
 
+// sum over k of a[k] * b[k] for one row of each of [rows] x [columns]: where an output vector would be mostly padding.
+// c[r][o] = start[o] + sum of segments a[r] . b[o], with `length` elements padded by zeros in b.
+template <class T>
+INLINE T row_product(const T* a, const T* b, int64_t length) {
+  Vec<T> sum{};
+  for (int64_t k = 0; k < length; k += kLanes<T>) sum += load<T>(a + k) * load<T>(b + k);
+  // Halves are added up, so that the order is the same for any compiler.
+#pragma GCC unroll 8
+  for (int half = kLanes<T> / 2; half; half /= 2) {
+    typename Simd<T>::Int swap;
+    for (int i = 0; i < kLanes<T>; i++) swap[i] = i ^ half;
+    sum += __builtin_shuffle(sum, swap);
+  }
+  return sum[0];
+}
+
 // `rows` of `in` may be fewer than whole vectors; the columns of both are padded to whole vectors.
 template <class T>
 void transpose(const T* in, int64_t in_step, T* out, int64_t out_step, int64_t rows, int64_t columns) {
   constexpr int L = kLanes<T>;
+  if (columns <= L / 4) {
+    for (int64_t c = 0; c < columns; c++) {
+      for (int64_t r = 0; r < rows; r++) out[c * out_step + r] = in[r * in_step + c];
+      for (int64_t r = rows; r < out_step; r++) out[c * out_step + r] = 0;
+    }
+    return;
+  }
   for (int64_t r = 0; r < rows; r += L)
     for (int64_t c = 0; c < columns; c += L) {
       Vec<T> tile[L];

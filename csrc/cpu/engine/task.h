@@ -116,6 +116,8 @@ void combine_parameters(int64_t count, T* to, const T* base, const T* a, T scale
   }
 }
 
+// What is recorded beside the rules of layers.
+enum Other : int { kTransposing = -1, kUpdating = -2, kLosing = -3 };
 enum Rule : int { kForward, kBackward, kTangentForward, kTangentBackward };
 
 template <class T>
@@ -214,12 +216,22 @@ struct Task {
     class_weight = net.loss.class_weight < 0 ? nullptr : constants + net.slot[net.loss.class_weight].at;
   }
 
+  template <class F>
+  INLINE void timed(int layer, int which, F f) const {
+    const double start = machine.record ? machine.clock() : 0;
+    f();
+    if (machine.record) machine.record(layer, which, machine.clock() - start);
+  }
   void rule(int which, int layer, const Context<T>& c) const {
     const Layer& l = net.layer[layer];
     if (!net.has_tangent[l.out] && which != kForward) return;  // nothing adapted before it: neither tangent nor gradient
-    const double start = machine.record ? machine.clock() : 0;
-    Rules<T>::function(l, which)(c, l);
-    if (machine.record) machine.record(layer, which, machine.clock() - start);
+    timed(layer, which, [&] { Rules<T>::function(l, which)(c, l); });
+  }
+  void transpose(const Parameters<T>& p, T* to) const {
+    timed(kTransposing, kForward, [&] { transpose_filters<T>(net, p, to); });
+  }
+  void update(T* to, const T* base, const T* a, T scale, const T* rate) const {
+    timed(kUpdating, kForward, [&] { combine_parameters<T>(net.adapted, to, base, a, scale, rate); });
   }
   void all(int which, const Context<T>& c) const {
     if (which == kForward || which == kTangentForward)
@@ -252,7 +264,9 @@ struct Task {
                         data.to_y ? data.to_y + t * size_y : nullptr,
                         data.to_weight ? data.to_weight + t * data.samples : nullptr, sign, class_weight};
     rule.t.samples = f.samples, rule.t.count = f.count;
-    return rule.run();
+    D value;
+    timed(kLosing, sizeof(D) > sizeof(double) ? kTangentBackward : kBackward, [&] { value = rule.run(); });
+    return value;
   }
 
   // Between a value of the frame and [N, C, H, W] of task t.
@@ -310,7 +324,7 @@ struct Task {
 
   void gradient_of_step(const Frame<T>& f, const T* parameters, T* to, int64_t t, bool compact) const {
     const Context<T> c = context(f, parameters, to);
-    transpose_filters<T>(net, c.p, transposed);
+    transpose(c.p, transposed);
     all(kForward, c);
     Data<T> silent = call.support;
     silent.to_y = silent.to_weight = nullptr;
@@ -331,7 +345,7 @@ struct Task {
     for (int64_t k = 0; k < call.steps; k++) {
       T* g = gradient_at(k);
       gradient_of_step(frame_at(k), theta_at(k), g, t, compact);
-      combine_parameters<T>(net.adapted, theta_at(k + 1), theta_at(k), g, call.per_parameter ? T(-1) : -rate(k),
+      update(theta_at(k + 1), theta_at(k), g, call.per_parameter ? T(-1) : -rate(k),
                             rate_row(k));
       if (call.mode != kAdapt) continue;
       copy_theta(call.to_trajectory[k], t);
@@ -341,7 +355,7 @@ struct Task {
   }
 
   void tangent_pass(const Context<T>& c) const {
-    transpose_filters<T>(net, c.d, transposed_direction);
+    transpose(c.d, transposed_direction);
     all(kTangentForward, c);
   }
 
@@ -362,13 +376,13 @@ struct Task {
         for (int64_t i = 0; i < net.adapted; i++) sum[i] -= lambda[i] * g[i];
       }
       if (call.first_order) continue;
-      combine_parameters<T>(net.adapted, direction, nullptr, lambda, call.per_parameter ? T(1) : rate(k), rate_row(k));
+      update(direction, nullptr, lambda, call.per_parameter ? T(1) : rate(k), rate_row(k));
       const Context<T> c = context(f, theta_at(k), hessian);
-      if (!anew) transpose_filters<T>(net, c.p, transposed);
+      if (!anew) transpose(c.p, transposed);
       tangent_pass(c);
       loss<Dual>(f, call.support, t, compact, -1);
       all(kTangentBackward, c);
-      combine_parameters<T>(net.adapted, lambda, lambda, hessian, T(-1), nullptr);
+      update(lambda, lambda, hessian, T(-1), nullptr);
       if (net.input_active)
         give_back(net.value[0], c.t.gradient(net.value[0]) - net.value[0].origin, call.support.to_x, t, call.support,
                   f, compact, T(-1));
@@ -379,7 +393,7 @@ struct Task {
     if (!call.cotangents[k]) return;
     // By way of `hessian`, which is free here.
     load_theta(hessian, call.cotangents[k], t, false);
-    combine_parameters<T>(net.adapted, lambda, lambda, hessian, T(1), nullptr);
+    update(lambda, lambda, hessian, T(1), nullptr);
   }
 
   // Gradients of parameters that no layer reads: 0, or for the inner loop what comes in goes out.
@@ -435,7 +449,7 @@ struct Task {
     }
     const bool compact = load_samples(query, call.query, t);
     Context<T> c = context(query, scored, call.mode == kMeta ? lambda : gradients);
-    if (call.mode != kPredict) transpose_filters<T>(net, c.p, transposed);
+    transpose(c.p, transposed);
     all(kForward, c);
     switch (call.mode) {
       case kPredict:
@@ -482,7 +496,7 @@ struct Task {
     if (support_compact) load_samples(frames[0], call.support, t);  // `kept` held the query's
     recur(t, support_compact, to_rate, to_rate_rows);
     if (sum)
-      combine_parameters<T>(net.adapted, sum, sum, lambda, T(1), nullptr);
+      update(sum, sum, lambda, T(1), nullptr);
     else
       store_theta_gradient(lambda, t);
   }
