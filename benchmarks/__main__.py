@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from . import isolated, machine, measure, report
+from . import isolated, machine, measure, profile, report, sweep
 from .contestants import BASELINE, CONTESTANTS, Contestant
 from .measure import Row
-from .workloads import TINY, WORKLOADS, Workload
+from .peak import Peak
+from .workloads import TINY, WORKLOADS, Workload, gflop
 
 RESULTS = Path(__file__).parent / "results"
 BUSY_LIMIT = 0.1  # cores that others may keep busy
@@ -56,9 +57,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--quick", action="store_true", help="tiny workloads, no torch.compile, seconds: a trial run"
     )
     parser.add_argument(
-        "--output", help="where to write NAME.json and NAME.png; default: benchmarks/results/DATE"
+        "--output", help="where to write NAME.json and NAME.png; default: benchmarks/results/DATE (or MACHINE-sweep)"
     )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--sweep", action="store_true", help="instead: cost against tasks, steps, width and threads"
+    )
+    instead.add_argument("--profile", metavar="WORKLOAD", help="instead: time by layer and phase of the engine")
     options = parser.parse_args(arguments)
+    if options.profile:
+        (options.profile,) = _choice(options.profile, known, "--profile")[:1]
     if options.workloads is None:
         options.workloads = ",".join(TINY if options.quick else WORKLOADS)
     options.workloads = _choice(options.workloads, known, "--workloads")
@@ -103,8 +111,11 @@ def _prepare(contestant: Contestant, workload: Workload, options: argparse.Names
     return row
 
 
-def run_workload(workload: Workload, options: argparse.Namespace) -> list[Row]:
-    """All contestants on one workload: check the gradients, time in turn, measure memory."""
+def run_workload(workload: Workload, options: argparse.Namespace, peak: Peak) -> tuple[list[Row], float]:
+    """All contestants on one workload: check the gradients, time in turn, measure first calls and memory.
+
+    Returns their rows and the machine's peak in GFLOP/s, the best of before and after the rounds.
+    """
     dtype = getattr(torch, options.dtype)
     truth = measure.reference(workload)
     rows, entries = [], []
@@ -117,7 +128,19 @@ def run_workload(workload: Workload, options: argparse.Namespace) -> list[Row]:
             if call is not None:
                 entries.append((row, call))
         rows.append(row)
+    block = 0.01 if options.quick else 0.05
+    before = peak.measure(block)
     measure.interleave(entries, options.rounds, options.seconds)
+    highest = max(before, peak.measure(block))
+    for row, _ in entries:
+        row.share = 1e3 * gflop(workload) / row.median_ms / highest
+        if CONTESTANTS[row.contestant].is_ours:
+            try:
+                row.first_call_ms = isolated.first_call(
+                    CONTESTANTS[row.contestant], workload, options.threads, dtype
+                )
+            except (isolated.NoAnswer, RuntimeError) as error:
+                row.note = f"{row.note} (first call: {error})".strip()
     if not options.no_memory:
         for row, _ in entries:
             try:
@@ -126,7 +149,7 @@ def run_workload(workload: Workload, options: argparse.Namespace) -> list[Row]:
                 )
             except (isolated.NoAnswer, RuntimeError) as error:
                 row.note = f"{row.note} (memory: {error})".strip()
-    return rows
+    return rows, highest
 
 
 def _meta(options: argparse.Namespace, arguments: list[str], busy: float) -> dict:
@@ -157,19 +180,27 @@ def main(arguments: list[str]) -> int:
         if not (options.allow_busy or options.quick):
             print("wait until it is quiet, or give --allow-busy")
             return 2
+    if options.profile:
+        workload = {**WORKLOADS, **TINY}[options.profile]
+        return profile.run(workload, getattr(torch, options.dtype), options.quick)
     machine.use_threads(options.threads)
-    results = {}
+    meta = _meta(options, arguments, busy)
+    if options.sweep:
+        stem = Path(options.output) if options.output else RESULTS / f"{machine.nickname()}-sweep"
+        return sweep.run(meta, stem, options.rounds, options.seconds, options.quick)
+    peak = Peak(options.threads, getattr(torch, options.dtype))
+    results, peaks = {}, {}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty: compilations are timed cold, then reused
         for workload in (({**WORKLOADS, **TINY})[name] for name in options.workloads):
-            rows = run_workload(workload, options)
-            results[workload.name] = (workload, rows)
-            print(
-                report.table(workload, rows), report.spread_warning(rows, SPREAD_LIMIT), sep="\n", flush=True
-            )
+            rows, highest = run_workload(workload, options, peak)
+            results[workload.name], peaks[workload.name] = (workload, rows), highest
+            said = f"peak {highest:.4g} GFLOP/s ({peak.source})"
+            warning = report.spread_warning(rows, SPREAD_LIMIT)
+            print(report.table(workload, rows, said), warning, sep="\n", flush=True)
     stem = Path(options.output) if options.output else RESULTS / datetime.now().strftime("%Y-%m-%d-%H%M")
-    meta = _meta(options, arguments, busy)
-    report.write_json(stem.with_name(stem.name + ".json"), meta, results)
+    meta["peak"] = {"source": peak.source, "gflop_per_s": round(peak.best, 1)}
+    report.write_json(stem.with_name(stem.name + ".json"), meta, results, peaks)
     report.picture(stem.with_name(stem.name + ".png"), meta, results)
     print(f"wrote {stem.name}.json and {stem.name}.png")
     return int(any(row.status == "wrong" for _, rows in results.values() for row in rows))

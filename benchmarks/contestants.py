@@ -45,7 +45,7 @@ def plain(problem: Problem, create_graph: bool = True) -> Callable[[], Gradient]
 
 
 def ours(problem: Problem, backend: str) -> Callable[[], Gradient]:
-    """`maml_ext.MAML` with one backend."""
+    """`maml_ext.MAML` with one backend; the first call raises ValueError where it refuses the problem."""
     import maml_ext
 
     workload, network = problem.workload, problem.network()
@@ -187,6 +187,10 @@ class Contestant:
     def installed(self) -> bool:
         return importlib.util.find_spec(self.requires) is not None
 
+    @property
+    def is_ours(self) -> bool:
+        return self.requires == "maml_ext"
+
 
 def _skip_compile(workload: Workload) -> str:
     if workload.convolutional or workload.steps >= 50:
@@ -208,6 +212,7 @@ CONTESTANTS = {
     for contestant in (
         Contestant(BASELINE, "plain loop", "torch", plain),
         Contestant("maml_ext-torch", "maml_ext torch", "maml_ext", partial(ours, backend="torch")),
+        Contestant("maml_ext-compiled", "maml_ext compiled", "maml_ext", partial(ours, backend="compiled")),
         Contestant("torch.func", "torch.func", "torch", torch_func),
         Contestant("torch.func-compiled", "torch.func compiled", "torch", partial(torch_func, compiled=True),
                    compiles=True, limited=True, float64=False, skip=_skip_compile),

@@ -1,7 +1,7 @@
-"""Measurements that need a process of their own: peak memory, and compilations that may have to be stopped.
+"""Measurements that need a process of their own: peak memory, first calls, and compilations to be stopped.
 
-`python -m benchmarks.isolated '<json>'` is the child; `peak_memory` and `compile_time` are what the benchmark
-calls.
+`python -m benchmarks.isolated '<json>'` is the child; `peak_memory`, `first_call` and `compile_time` are what
+the benchmark calls.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from .measure import brief
 from .workloads import TINY, WORKLOADS, Workload, make_problem
 
 ROOT = Path(__file__).resolve().parent.parent
-MEMORY_LIMIT_S = 300  # seconds for one memory measurement
+LIMIT_S = 300  # seconds for one measurement of memory or of a first call
 _STATUS = Path("/proc/self/status")
 
 
@@ -34,7 +34,12 @@ class NoAnswer(Exception):
 
 def peak_memory(contestant: Contestant, workload: Workload, threads: int, dtype: torch.dtype) -> float:
     """MiB that one meta-gradient needs beyond what its process already held; see `_measure_memory`."""
-    return _run_child("memory", contestant, workload, threads, dtype, MEMORY_LIMIT_S)
+    return _run_child("memory", contestant, workload, threads, dtype, LIMIT_S)
+
+
+def first_call(contestant: Contestant, workload: Workload, threads: int, dtype: torch.dtype) -> float:
+    """Milliseconds that the first call of a new shape takes beyond the second; see `_measure_first_call`."""
+    return _run_child("first call", contestant, workload, threads, dtype, LIMIT_S)
 
 
 def compile_time(
@@ -101,6 +106,13 @@ def _release_free_memory() -> None:
             trim(0)
 
 
+def _wake(contestant: Contestant, workload: Workload, dtype: torch.dtype) -> None:
+    """Solve a tiny problem of the same kind twice: libraries are loaded, threads are there."""
+    tiny = contestant.build(make_problem(TINY["tiny_conv" if workload.convolutional else "tiny_mlp"], dtype))
+    for _ in range(2):
+        tiny()
+
+
 def _measure_memory(contestant: Contestant, workload: Workload, dtype: torch.dtype) -> float:
     """Peak resident memory during one meta-gradient less that before it, in MiB.
 
@@ -110,9 +122,7 @@ def _measure_memory(contestant: Contestant, workload: Workload, dtype: torch.dty
     small workloads. It is the contestant's first call, so buffers that it keeps count; where the first call
     compiles, it is the second.
     """
-    tiny = contestant.build(make_problem(TINY["tiny_conv" if workload.convolutional else "tiny_mlp"], dtype))
-    for _ in range(2):
-        tiny()
+    _wake(contestant, workload, dtype)
     call = contestant.build(make_problem(workload, dtype))
     if contestant.compiles:
         call()
@@ -132,9 +142,24 @@ def _measure_compilation(contestant: Contestant, workload: Workload, dtype: torc
     return time.perf_counter() - start
 
 
+def _measure_first_call(contestant: Contestant, workload: Workload, dtype: torch.dtype) -> float:
+    """Milliseconds of the first call less those of the second, in a process where the libraries are awake."""
+    _wake(contestant, workload, dtype)
+    call, times = contestant.build(make_problem(workload, dtype)), []
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1e3 * (times[0] - times[1])
+
+
 def _main(order: dict) -> None:
     use_threads(order["threads"])
-    task = {"memory": _measure_memory, "compile": _measure_compilation}[order["task"]]
+    task = {
+        "memory": _measure_memory,
+        "first call": _measure_first_call,
+        "compile": _measure_compilation,
+    }[order["task"]]
     workload = {**WORKLOADS, **TINY}[order["workload"]]
     try:
         answer = {"result": task(CONTESTANTS[order["contestant"]], workload, getattr(torch, order["dtype"]))}

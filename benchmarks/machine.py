@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def nickname() -> str:
+    """The processor and its cores, fit for a file name: `epyc-2-cores`."""
+    words = re.sub(r"\([^)]*\)|@.*|\d+-core", " ", processor().lower())
+    plain = re.sub(r"[^a-z0-9]+", " ", words).split()
+    kept = [word for word in plain if word not in ("amd", "intel", "cpu", "processor")]
+    cores = os.cpu_count() or 1
+    return "-".join([*kept, str(cores), "core" if cores == 1 else "cores"])
 
 
 def versions() -> dict[str, str]:

@@ -26,9 +26,10 @@ LEAST_ROUNDS = 3
 class Row:
     """What is known of one contestant on one workload.
 
-    `status`: "ok", "wrong" (its gradient), "not installed", "not tried", "no answer", "failed"; `note` says
-    more. Errors are relative L2 against the float64 plain loop, `error` in the run's dtype and
-    `error_float64` in float64.
+    `status`: "ok", "wrong" (its gradient), "not installed", "not tried", "refused" (by our engine), "no answer",
+    "failed"; `note` says more. Errors are relative L2 against the float64 plain loop, `error` in the run's dtype and
+    `error_float64` in float64. `share`: of the machine's peak. `first_call_ms`: first call of a new shape
+    beyond the second.
     """
 
     contestant: str
@@ -41,6 +42,8 @@ class Row:
     error_float64: float | None = None
     rounds_ms: list[float] = field(default_factory=list)
     ratio: float | None = None
+    share: float | None = None
+    first_call_ms: float | None = None
     extra_mib: float | None = None
 
     @property
@@ -110,7 +113,8 @@ def check(
                 contestant.build(make_problem(workload, torch.float64))(), truth
             )
     except Exception as error:  # a peer that breaks is a row of the table, not the end of the run
-        row.status, row.note = "failed", brief(error)
+        refused = contestant.is_ours and isinstance(error, ValueError)
+        row.status, row.note = "refused" if refused else "failed", brief(error)
         return row, None
     judge(row, workload, dtype)
     return row, call
@@ -130,7 +134,7 @@ def interleave(entries: list[tuple[Row, Callable[[], Gradient]]], rounds: int, s
     A round times each one once, repeating short calls so that each gets its share of the seconds; where calls
     are long there are fewer rounds, but at least three (if that many were asked for). Each round starts with
     another contestant, so that none always follows the same one. Fills in `rounds_ms`, and `ratio`: the
-    median over rounds of plain's time over the contestant's in the same round.
+    median over rounds of plain's time over the contestant's in the same round (where plain takes part).
     """
     share = seconds / (rounds * len(entries))
     once = [_time_block(call, 1) for _, call in entries]
@@ -144,8 +148,8 @@ def interleave(entries: list[tuple[Row, Callable[[], Gradient]]], rounds: int, s
             if once[index] < WARM_UP_BELOW:
                 once[index] = _time_block(call, 1)
             row.rounds_ms.append(1e3 * _time_block(call, max(1, int(share / once[index]))))
-    baseline = next(row for row, _ in entries if row.contestant == BASELINE)
-    for row, _ in entries:
+    baseline = next((row for row, _ in entries if row.contestant == BASELINE), None)
+    for row, _ in entries if baseline else ():
         row.ratio = statistics.median(b / own for b, own in zip(baseline.rounds_ms, row.rounds_ms))
 
 

@@ -1,6 +1,7 @@
 """What a run leaves: the table, the JSON file and the picture."""
 
 import json
+import math
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -9,17 +10,22 @@ from .contestants import BASELINE
 from .measure import Row
 from .workloads import Workload, gflop
 
-HEADINGS = ("contestant", "ms", "vs plain", "GFLOP/s", "spread", "first s", "compile s", "error", "error f64",
-            "extra MiB")  # fmt: skip
+HEADINGS = ("contestant", "ms", "vs plain", "GFLOP/s", "of peak", "spread", "first s", "first call ms", "compile s",
+            "error", "error f64", "extra MiB")  # fmt: skip
 # One colour a family, the same in every picture, in the order of the bars; a new family takes the next
 # colour.
-COLOURS = ("#c4331f", "#1f6fb4", "#7fb3d9", "#4d8f3c", "#9c7bb8", "#c9a227", "#8a8a8a", "#3a9d97")
+COLOURS = ("#e39a86", "#c4331f", "#1f6fb4", "#7fb3d9", "#4d8f3c", "#9c7bb8", "#c9a227", "#8a8a8a", "#3a9d97")
 LEAST_MIB = 0.1  # less than this is not told apart from nothing
 
 
 def _short(value: float) -> str:
     """Two figures, never an exponent."""
     return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else f"{value:.2f}"
+
+
+def percent(share: float) -> str:
+    """Two figures of a share."""
+    return f"{_short(100 * share)}%"
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -33,8 +39,10 @@ def _cells(row: Row, work: float) -> list[str]:
         _cell(row.median_ms, "#.3g"),
         "-" if row.ratio is None else f"{row.ratio:#.3g}x",
         _cell(rate, "#.3g"),
+        "-" if row.share is None else percent(row.share),
         _cell(row.spread, ".0%"),
         _cell(row.first_call_s, ".2f"),
+        _cell(row.first_call_ms, ".1f"),
         _cell(row.compile_s, ".1f"),
         _cell(row.error, ".1e"),
         _cell(row.error_float64, ".1e"),
@@ -42,12 +50,17 @@ def _cells(row: Row, work: float) -> list[str]:
     ]
 
 
-def table(workload: Workload, rows: list[Row]) -> str:
-    """The block of the table for one workload; a contestant without a time has its reason instead."""
+def table(workload: Workload, rows: list[Row], peak: str = "") -> str:
+    """The block of the table for one workload; a contestant without a time has its reason instead.
+
+    `peak` says what the machine can do, in words.
+    """
     work = gflop(workload)
     samples = f"({workload.support}, {workload.query})"
     head = f"{workload.name}: {workload.tasks} tasks x {samples}, K = {workload.steps}"
     lines = [f"{head}, {work:.3g} GFLOP needed ({gflop(workload, needed=False):.3g} by the plain convention)"]
+    if peak:
+        lines.append(f"  {peak}")
     cells = [_cells(row, work) for row in rows]
     widths = [max(map(len, column)) for column in zip(HEADINGS, *cells)]
 
@@ -64,25 +77,31 @@ def table(workload: Workload, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, meta: dict, results: dict[str, tuple[Workload, list[Row]]]) -> None:
-    """Everything measured, with each round's time, so that other figures can be computed later."""
+def write_json(
+    path: Path, meta: dict, results: dict[str, tuple[Workload, list[Row]]], peaks: dict[str, float]
+) -> None:
+    """Everything measured, with each round's time, so that other figures can be computed later.
+
+    `peaks`: GFLOP/s of the machine beside each workload.
+    """
     workloads = {}
     for name, (workload, rows) in results.items():
         contestants = {}
         for row in rows:
             entry = asdict(row) | {"median_ms": row.median_ms, "spread": row.spread}
             del entry["contestant"]
-            contestants[row.contestant] = _rounded(entry)
+            contestants[row.contestant] = rounded(entry)
         workloads[name] = {
             "gflop_needed": gflop(workload),
             "gflop_convention": gflop(workload, needed=False),
+            "peak_gflop_per_s": round(peaks[name], 1),
             "contestants": contestants,
         }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"meta": meta, "workloads": workloads}, indent=1) + "\n")
 
 
-def _rounded(entry: dict) -> dict:
+def rounded(entry: dict) -> dict:
     """Six digits are more than a timing has; an infinite error is not JSON."""
 
     def digits(value):
@@ -104,7 +123,7 @@ def _fastest(rows: list[Row]) -> dict[str, Row]:
 
 
 def picture(path: Path, meta: dict, results: dict[str, tuple[Workload, list[Row]]]) -> None:
-    """Bars for each workload: speed as a ratio to the plain loop, and extra memory; both axes logarithmic."""
+    """Bars for each workload: speed as a ratio to the plain loop, share of peak, memory; axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,7 +137,7 @@ def picture(path: Path, meta: dict, results: dict[str, tuple[Workload, list[Row]
     colour = dict(zip(challengers, COLOURS)) | {baseline: "#222222"}
     with_memory = any(row.extra_mib is not None for rows in best.values() for row in rows.values())
 
-    panels = 2 if with_memory else 1
+    panels = 3 if with_memory else 2
     width = max(9.0, 1.75 * len(results) + 1.5)
     figure, axes = plt.subplots(panels, 1, figsize=(width, 4.1 * panels), squeeze=False, layout="constrained")
     speed = {name: {f: row.ratio for f, row in rows.items() if f != baseline} for name, rows in best.items()}
@@ -128,31 +147,46 @@ def picture(path: Path, meta: dict, results: dict[str, tuple[Workload, list[Row]
     axes[0, 0].set_title(
         "Meta-gradients a second, as a multiple of the plain loop in the same rounds", loc="left", fontsize=11
     )
+    shares = {
+        name: {f: 100 * row.share for f, row in rows.items() if row.share} for name, rows in best.items()
+    }
+    least = min((share for group in shares.values() for share in group.values()), default=1.0)
+    bottom = 10.0 ** math.floor(math.log10(least))
+    _bars(axes[1, 0], shares, families, colour, bottom=bottom, form=lambda share: f"{_short(share)}%")
+    axes[1, 0].set_ylabel("% of peak")
+    axes[1, 0].set_title(
+        f"Operations needed, as a share of the machine's multiply-add peak ({meta['peak']['source']})",
+        loc="left",
+        fontsize=11,
+    )
     if with_memory:
         memory = {
             name: {f: max(row.extra_mib, LEAST_MIB) for f, row in rows.items() if row.extra_mib is not None}
             for name, rows in best.items()
         }
         _bars(
-            axes[1, 0],
+            axes[2, 0],
             memory,
             families,
             colour,
             bottom=LEAST_MIB,
             form=lambda mib: _short(mib) if mib > LEAST_MIB else "<0.1",
         )
-        axes[1, 0].set_ylabel("MiB")
-        axes[1, 0].set_title(
+        axes[2, 0].set_ylabel("MiB")
+        axes[2, 0].set_title(
             "Extra peak memory of one meta-gradient (a process each; less is better)", loc="left", fontsize=11
         )
-    legend = families if with_memory else challengers
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour[family], label=family) for family in legend]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour[family], label=family) for family in families]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
-    threads = f"{meta['threads']} thread" + "s" * (meta["threads"] != 1)
-    figure.suptitle(f"{meta['processor']}, {threads}, {meta['dtype']}, torch {meta['versions']['torch']}",
-                    fontsize=9, color="#555555", x=0.01, ha="left")  # fmt: skip
+    figure.suptitle(subtitle(meta), fontsize=9, color="#555555", x=0.01, ha="left")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def subtitle(meta: dict) -> str:
+    """The machine in a line, for a picture."""
+    threads = f"{meta['threads']} thread" + "s" * (meta["threads"] != 1)
+    return f"{meta['processor']}, {threads}, {meta['dtype']}, torch {meta['versions']['torch']}"
 
 
 def _bars(

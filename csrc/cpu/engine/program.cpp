@@ -25,7 +25,7 @@ void require(bool condition, const Parts&... parts) {
     else
       return std::string(part);
   };
-  throw std::invalid_argument((std::string("program: ") + ... + text(parts)));
+  throw std::runtime_error((std::string("program: ") + ... + text(parts)));
 }
 
 int64_t times(int64_t a, int64_t b) {

@@ -9,7 +9,7 @@
 
 namespace maml_ext::engine {
 
-// The network of `program` for vectors of `lanes`; throws std::invalid_argument, naming what is wrong. The last few
+// The network of `program` for vectors of `lanes`; throws std::runtime_error, naming what is wrong. The last few
 // are remembered, so that a call with a known program costs a comparison.
 std::shared_ptr<const Network> network_of(const std::vector<int64_t>& program, const std::vector<double>& numbers,
                                           int64_t lanes, bool input_active);
