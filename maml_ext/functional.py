@@ -65,7 +65,7 @@ def inner_loop(
             dimension ``[steps, 1 | n | P]``.
         steps: K >= 0.
         loss: "mse", "huber", "cross_entropy", "bce_with_logits", or a callable (prediction, target) of one
-            task -> scalar.
+            task -> scalar; torch's own loss modules and functions run compiled.
         meta_gradient: "exact", or "first_order": the backward pass holds every inner gradient constant (the
             learning rates still get theirs, support data have none).
 

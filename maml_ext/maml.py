@@ -35,7 +35,7 @@ class MAML(nn.Module):
             gradient; an ``nn.Parameter`` becomes a parameter of this module, any other tensor a buffer.
         steps: number K of inner steps, 0 or more.
         loss: "mse", "huber", "cross_entropy", "bce_with_logits", or a callable (prediction, target) of one task
-            -> scalar.
+            -> scalar; torch's own loss modules and functions run compiled.
         meta_gradient: "exact", or "first_order": the backward pass holds every inner gradient constant, and
             nothing else changes (learning rates still get their gradient).
         reduction: "none": losses ``[T]``; "mean": their mean.
