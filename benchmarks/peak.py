@@ -1,72 +1,112 @@
-"""The machine's peak rate of fused multiply-adds, which a meta-gradient's rate is a share of.
-
-A few lines of C++ (independent chains of FMAs over the widest vectors there are) are compiled when first needed;
-without a compiler the best rate of `torch.mm` stands in, which is a little lower.
-"""
+"""The machine's peak: multiply-adds that wait for nothing, on all threads, timed in the same run as the rows."""
 
 import ctypes
 import os
-import shlex
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-PIECE_S = 0.02  # seconds of one measurement
-MATRIX = 1024  # rows and columns of the stand-in's matrices
-# Chains: enough to fill every unit's pipeline, few enough to stay in registers.
+# Independent accumulators, named one by one so that they stay in registers (an array might not). AVX and AVX2
+# have 16 registers, the two factors take two of them.
 SOURCE = """
 #if defined(__AVX512F__)
-enum { BYTES = 64, CHAINS = 24 };
+#define BYTES 64
 #elif defined(__AVX__)
-enum { BYTES = 32, CHAINS = 12 };
-#elif defined(__aarch64__)
-enum { BYTES = 16, CHAINS = 24 };
+#define BYTES 32
 #else
-enum { BYTES = 16, CHAINS = 12 };
+#define BYTES 16
 #endif
-typedef REAL vector __attribute__((vector_size(BYTES)));
-
-extern "C" double flop(long repeats) { return 2.0 * repeats * CHAINS * (BYTES / sizeof(REAL)); }
-
-extern "C" double chains(long repeats, double factor, double term) {
-  vector x[CHAINS], a = vector{} + REAL(factor), b = vector{} + REAL(term);
-  for (int i = 0; i < CHAINS; ++i) x[i] = vector{} + REAL(i);
-  for (long n = 0; n < repeats; ++n)
-#pragma GCC unroll 24
-    for (int i = 0; i < CHAINS; ++i) x[i] = x[i] * a + b;
-  for (int i = 1; i < CHAINS; ++i) x[0] += x[i];
-  return x[0][0];
+#define TWELVE(M) M(0) M(1) M(2) M(3) M(4) M(5) M(6) M(7) M(8) M(9) M(10) M(11)
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define EACH(M) TWELVE(M) M(12) M(13) M(14) M(15)
+#else
+#define EACH(M) TWELVE(M)
+#endif
+typedef REAL V __attribute__((vector_size(BYTES)));
+#define COUNT(i) + 1
+extern "C" double flop_a_turn() { return 2.0 * (0 EACH(COUNT)) * (BYTES / sizeof(REAL)); }
+extern "C" double turns(long n, double factor, double term) {
+  const V a = V{} + REAL(factor), b = V{} + REAL(term);
+#define DECLARE(i) V x##i = b * REAL(i);
+  EACH(DECLARE)
+#define STEP(i) x##i = x##i * a + b;
+  for (long k = 0; k < n; k++) { EACH(STEP) }
+#define TOTAL(i) + x##i
+  const V total = V{} EACH(TOTAL);
+  double sum = 0;
+  for (unsigned i = 0; i < BYTES / sizeof(REAL); i++) sum += total[i];
+  return sum;
 }
 """
+NATIVE = ("-march=native", "-mcpu=native")  # whichever the compiler knows
+MATRIX = 1024
+
+
+def _compile(real: str, compiler: str) -> ctypes.CDLL | None:
+    """The loop as a library; None where the compiler cannot make one."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "peak.cpp", Path(folder) / "peak.so"
+        source.write_text(SOURCE)
+        for native in NATIVE:
+            command = [compiler, "-O3", native, "-ffp-contract=fast", f"-DREAL={real}", "-shared", "-fPIC"]
+            made = subprocess.run([*command, source, "-o", library], capture_output=True, check=False)
+            if made.returncode == 0:
+                loaded = ctypes.CDLL(str(library))
+                loaded.turns.argtypes = [ctypes.c_long, ctypes.c_double, ctypes.c_double]
+                loaded.turns.restype = loaded.flop_a_turn.restype = ctypes.c_double
+                return loaded
+    return None
 
 
 class Peak:
-    """Measures the peak again and again, in `dtype` and on `threads` threads; `how` says by what."""
+    """The highest rate of multiply-adds seen in `dtype` on `threads` threads.
 
-    def __init__(self, dtype: torch.dtype, threads: int):
-        self.threads = threads
-        library = _compiled("float" if dtype == torch.float32 else "double")
-        if library is not None:
-            self.how = "FMA loop in C++"
-            self._pool = ThreadPoolExecutor(threads)
-            self._chains = library.chains
-            self._flop = library.flop
-            self._repeats = self._enough(self._run, 1 << 12)
-        else:
-            self.how = f"torch.mm of {MATRIX} x {MATRIX} (no C++ compiler)"
-            self._left, self._right = torch.rand(2, MATRIX, MATRIX, dtype=dtype)
-            self._flop = lambda repeats: 2.0 * repeats * MATRIX**3 / threads  # a thread's part
-            self._run(1, self._multiply)
-            self._repeats = self._enough(self._multiply, 1)
+    `source` says what was timed: a loop of fused multiply-adds compiled here, or matrix products where there is
+    no compiler. `compiler`: its command; "" for none.
+    """
 
-    def measure(self) -> float:
-        """GFLOP/s of all threads together, over some hundredths of a second."""
-        run = self._run if hasattr(self, "_chains") else self._multiply
-        seconds = _seconds(run, self._repeats)
-        return 1e-9 * self.threads * self._flop(self._repeats) / seconds
+    def __init__(self, threads: int, dtype: torch.dtype, compiler: str | None = None):
+        self.threads, self.dtype = threads, dtype
+        if compiler is None:
+            names = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
+            compiler = next((name for name in names if name and shutil.which(name)), "")
+        real = {torch.float32: "float", torch.float64: "double"}[dtype]
+        self._library = _compile(real, compiler) if compiler else None
+        self.source = "compiled FMA loop" if self._library else "torch.mm, no compiler"
+        self.best = 0.0
+
+    def measure(self, seconds: float, repeats: int = 8) -> float:
+        """GFLOP/s: the best of `repeats` blocks of about `seconds` each."""
+        block = self._loop if self._library else self._product
+        amount, took = 1, 0.0
+        while took < seconds / 4:
+            amount *= 2
+            _, took = block(amount)
+        amount = max(1, int(amount * seconds / took))
+        rates = [flop / took for flop, took in (block(amount) for _ in range(repeats))]
+        self.best = max(self.best, 1e-9 * max(rates))
+        return 1e-9 * max(rates)
+
+    def _loop(self, amount: int) -> tuple[float, float]:
+        """(floating-point operations, seconds) of the loop in every thread; ctypes releases the GIL."""
+        turns = 1000 * amount
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(lambda _: time.sleep(0.001), range(self.threads)))  # start the threads
+            start = time.perf_counter()
+            list(pool.map(lambda _: self._library.turns(turns, 0.999, 0.001), range(self.threads)))
+            took = time.perf_counter() - start
+        return self._library.flop_a_turn() * turns * self.threads, took
+
+    def _product(self, amount: int) -> tuple[float, float]:
+        """The same of square matrix products."""
+        a = torch.ones(MATRIX, MATRIX, dtype=self.dtype)
+        result = torch.empty_like(a)
+        start = time.perf_counter()
+        for _ in range(amount):
+            torch.mm(a, a, out=result)
+        return 2.0 * MATRIX**3 * amount, time.perf_counter() - start

@@ -1,7 +1,8 @@
 """maml_ext: exact MAML meta-gradients on batches of tasks.
 
 ``MAML`` wraps a network; ``inner_loop``, ``network``, ``task_loss``, ``sgd_update``, ``hvp``, ``flatten`` and
-``unflatten`` are the pieces; ``data`` has tasks to try them on. The meta-gradient itself is computed in ``maml_ext/reference.py``.
+``unflatten`` are the pieces; ``data`` has tasks to try them on. The meta-gradient is computed by
+the CPU engine in ``csrc/``, or by ``reference.py`` for any module and device.
 """
 
 from . import data

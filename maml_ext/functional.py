@@ -2,10 +2,10 @@
 
 ``theta`` is the flat vector of a module's trainable parameters: ``[P]`` where all tasks share it, ``[T, P]``
 where each task has its own. Data carry the task dimension first, ``[T, N, ...]``; ``x`` may be a tuple of
-tensors (the module is then called as ``module(*x)``), and for a loss that is a callable the target may be any
-nested tuple of tensors (labels with weights, say). Everything is differentiable to any order with respect to
-theta, learning rates and floating-point data; parameters of ``module`` itself get gradients through
-``flatten``.
+tensors (the module is then called as ``module(*x)``). The target may be ``(y, w)`` with weights ``[T, N]`` of the
+samples; for a loss that is a callable of your own it may be any nested tuple of tensors. Everything is
+differentiable to any order with respect to theta, learning rates and floating-point data; parameters of ``module``
+itself get gradients through ``flatten``.
 """
 
 from __future__ import annotations
@@ -60,12 +60,15 @@ def inner_loop(
 
     Args:
         theta: initial parameters, ``[P]`` or ``[T, P]``.
-        support_x, support_y: ``[T, N, ...]``.
+        support_x, support_y: ``[T, N, ...]``. ``support_y`` may be ``(y, w)``, with weights ``[T, N]`` of the samples
+            in the loss; those of weight 0 are left out of batch norm's statistics too, so that tasks padded to one
+            size give what each would alone.
         lr: inner learning rate: scalar, ``[n]`` per tensor, ``[P]`` per parameter, or with a leading step
             dimension ``[steps, 1 | n | P]``.
         steps: K >= 0.
         loss: "mse", "huber", "cross_entropy", "bce_with_logits", or a callable (prediction, target) of one
-            task -> scalar; torch's own loss modules and functions run compiled.
+            task -> scalar. Torch's own loss modules and functions (reduction "mean") are recognised: they run
+            compiled, take weights, and do not broadcast targets.
         meta_gradient: "exact", or "first_order": the backward pass holds every inner gradient constant (the
             learning rates still get theirs, support data have none).
 
@@ -76,7 +79,7 @@ def inner_loop(
         ValueError, TypeError: naming the argument, before any work is done.
     """
     layout = Layout(check_module(module))
-    losses.resolve(loss)
+    loss = losses.resolve(loss)
     check_steps(steps)
     check_choice("meta_gradient", meta_gradient, META_GRADIENTS)
     exact = meta_gradient == "exact"
@@ -136,7 +139,7 @@ def task_loss(
     recomputes it differentiably. ``names`` are what x and y are called in errors.
     """
     layout = Layout(check_module(module))
-    losses.resolve(loss)
+    loss = losses.resolve(loss)
     _, engine = choose(module, layout, theta, x, y, loss, backend, names)
     if isinstance(engine, compiled.Compiled):
         return compiled.score(engine, partial(task_loss, module, loss=loss, backend="torch"), theta, x, y)
@@ -156,7 +159,7 @@ def hvp(
 ) -> Tensor:
     """Hessian-vector products ``[T, P]``: (d2 task_loss / d theta2) ``vector``, with vector ``[P]`` or ``[T, P]``."""
     layout = Layout(check_module(module))
-    losses.resolve(loss)
+    loss = losses.resolve(loss)
     tasks, engine = choose(module, layout, theta, x, y, loss, backend, ("x", "y"))
     _check_vector("vector", vector, layout, theta.dtype)
     _check_tasks("vector", vector, layout, tasks)
@@ -190,7 +193,10 @@ def choose(
     call or the reason why it has none. ``names`` are what x and y are called in errors."""
     check_choice("backend", backend, compiled.BACKENDS)
     _check_vector("theta", theta, layout)
-    tasks = check_data(names, x, y, theta, named_loss=isinstance(loss, str))
+    found = losses.recognise(loss) if loss is not None else None
+    tasks = check_data(names, x, y, theta, named_loss=found is not None)
+    if found is not None:
+        losses.check_pair(found, names[1], y, tuple(pytree.tree_leaves(x)[0].shape[:2]), theta.dtype)
     _check_tasks("theta", theta, layout, tasks)
     engine = compiled.choose(module, layout, theta, x, y, loss, backend)
     if isinstance(engine, compiled.Compiled):
@@ -278,8 +284,9 @@ def check_data(names: tuple[str, str], x, y, theta: Tensor, named_loss: bool) ->
         autocast = torch.is_autocast_enabled(theta.device.type)
         if leaf.is_floating_point() and leaf.dtype != theta.dtype and not autocast:
             raise TypeError(f"{name}: expected {theta.dtype} like the parameters, got {leaf.dtype}")
-    if named_loss and isinstance(y, Tensor) and (y.dim() < 2 or y.shape[1] != first.shape[1]):
+    target = y[0] if isinstance(y, tuple) and y else y
+    if named_loss and isinstance(target, Tensor) and (target.dim() < 2 or target.shape[1] != first.shape[1]):
         raise ValueError(
-            f"{names[1]}: expected {first.shape[1]} samples a task like {names[0]}, got {list(y.shape)}"
+            f"{names[1]}: expected {first.shape[1]} samples a task like {names[0]}, got {list(target.shape)}"
         )
     return first.shape[0]

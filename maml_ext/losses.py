@@ -1,8 +1,12 @@
-"""Losses of one task by name, and what their targets must look like."""
+"""Losses of one task by name, and what their targets must look like.
+
+A target may be ``(y, w)``, with a weight for each sample: ``w`` is ``[T, N]`` for all tasks, ``[N]`` for one.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +22,9 @@ NAMES = ("mse", "huber", "cross_entropy", "bce_with_logits")
 class Loss:
     """A loss that the engines know: (prediction, target) of one task -> scalar, the mean over what is in it.
 
+    Weights ``[N]`` make it a weighted mean: of the samples' own means, sum_n w_n l_n / sum_n w_n; for labels every
+    position counts w_n times, in the sum and in what divides it, on top of its class weight.
+
     Args:
         kind: one of ``NAMES``.
         delta: of Huber's loss.
@@ -30,19 +37,33 @@ class Loss:
     ignore_index: int = -100
     class_weight: Tensor | None = None
 
-    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        if weight is None:
+            return self._terms(prediction, target, "mean")
+        terms = self._terms(prediction, target, "none")
+        weight = weight.reshape(-1, *[1] * (terms.dim() - 1))
+        total = (weight * terms).sum()
+        if self.kind != "cross_entropy" or target.is_floating_point():
+            return total / (weight.sum() * terms[0].numel())
+        counted = (target != self.ignore_index).to(weight.dtype)
+        if self.class_weight is not None:
+            counted = counted * self.class_weight[torch.where(target == self.ignore_index, 0, target)]
+        return total / (weight * counted).sum()
+
+    def _terms(self, prediction: Tensor, target: Tensor, reduction: str) -> Tensor:
+        if self.kind == "cross_entropy":
+            options = {"ignore_index": self.ignore_index, "label_smoothing": self.smoothing}
+            return F.cross_entropy(prediction, target, self.class_weight, reduction=reduction, **options)
+        if self.kind == "bce_with_logits":
+            return F.binary_cross_entropy_with_logits(prediction, target, reduction=reduction)
         # Spelled out: F.mse_loss and F.huber_loss have no batched forward derivative.
         if self.kind == "mse":
-            return (prediction - target).square().mean()
-        if self.kind == "huber":
+            terms = (prediction - target).square()
+        else:
             distance = (prediction - target).abs()
             inside = distance < self.delta
-            return torch.where(inside, 0.5 * distance.square(), self.delta * (distance - 0.5 * self.delta)).mean()
-        if self.kind == "cross_entropy":
-            return F.cross_entropy(
-                prediction, target, self.class_weight, ignore_index=self.ignore_index, label_smoothing=self.smoothing
-            )
-        return F.binary_cross_entropy_with_logits(prediction, target)
+            terms = torch.where(inside, 0.5 * distance.square(), self.delta * (distance - 0.5 * self.delta))
+        return terms.mean() if reduction == "mean" else terms
 
     @property
     def settings(self) -> tuple:
@@ -105,35 +126,83 @@ def recognise(loss: str | Callable) -> Loss | None:
     if any(v is not None and k not in known for k, v in options.items()):
         return None
     found = Loss(kind, **{known[k]: v for k, v in options.items() if k in known})
+    if not (found.delta > 0 and 0 <= found.smoothing <= 1):  # torch says what is wrong
+        return None
     if found.class_weight is not None and (found.class_weight.requires_grad or found.class_weight.dim() != 1):
         return None
     return found
 
 
 def resolve(loss: str | Callable) -> Callable:
+    """The ``Loss`` that is meant, with its settings of now, or the user's own callable."""
     if isinstance(loss, str):
         if loss not in LOSSES:
             raise ValueError(f"loss: expected one of {', '.join(map(repr, LOSSES))} or a callable, got {loss!r}")
         return LOSSES[loss]
     if not callable(loss):
         raise TypeError(f"loss: expected a name or a callable (prediction, target) -> scalar, got {type(loss).__name__}")
-    return loss
+    return recognise(loss) or loss
+
+
+def split(loss: Callable | None, target) -> tuple:
+    """(y, weights or None): a tuple is a target of its own for a callable that the engines do not know."""
+    return target if isinstance(loss, Loss) and isinstance(target, tuple) else (target, None)
 
 
 def check_target(loss: str | Callable, name: str, target, prediction: torch.Size, dtype: torch.dtype) -> None:
-    """Raise where ``target`` ([T, N, ...]) does not fit a loss given by name and predictions ``[N, ...]`` of one task.
+    """Raise where ``target`` ([T, N, ...]) does not fit a recognised loss and predictions ``[N, ...]`` of one task.
 
     Broadcasting a ``[N]`` target against ``[N, 1]`` predictions would be silently wrong, so shapes are equal.
     """
-    if isinstance(loss, str):
-        check_fit(LOSSES[loss], name, target, prediction, dtype)
-        check_labels(LOSSES[loss], name, target, prediction)
+    found = recognise(loss)
+    if found is not None:
+        target, weight = split(found, target)
+        check_fit(found, name, target, prediction, dtype)
+        check_labels(found, name, target, prediction)
+        if weight is not None:
+            check_weights(name, weight)
+
+
+def check_pair(loss: Loss, name: str, target, expected: tuple[int, int], dtype: torch.dtype) -> None:
+    """Raise where the target is a tuple and not (y, weights ``[T, N]``)."""
+    if not isinstance(target, tuple):
+        return
+    if len(target) != 2 or not all(isinstance(t, Tensor) for t in target) or target[1].dim() != 2:
+        raise TypeError(
+            f"{name}: expected a tensor for loss {loss.kind!r}, got tuple, which may only be (target, weights "
+            f"{list(expected)})"
+        )
+    weight = target[1]
+    if weight.dtype != dtype:
+        raise TypeError(f"{name}: expected weights in {dtype} like the parameters, got {weight.dtype}")
+    if weight.shape != expected:
+        raise ValueError(f"{name}: expected weights {list(expected)}, one a sample, got {list(weight.shape)}")
+
+
+def check_weights(name: str, weight: Tensor) -> None:
+    """Raise where weights divide by 0 or worse; where their values cannot be read, by nobody."""
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return
+    weight = weight.detach()
+    low, high, least = torch.stack([*torch.aminmax(weight), weight.sum(1).amin()]).tolist()
+    if not (low >= 0 and high < math.inf):
+        raise ValueError(f"{name}: expected finite weights of 0 or more, got {high if low >= 0 else low}")
+    if least == 0:
+        raise ValueError(f"{name}: expected a weight above 0 in every task, got a task with none")
 
 
 def check_fit(loss: Loss, name: str, target, prediction: torch.Size, dtype: torch.dtype) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"{name}: expected a tensor for loss {loss.kind!r}, got {type(target).__name__}")
     shape = target.shape[1:]
+    if loss.class_weight is not None:
+        found = loss.class_weight
+        if len(prediction) > 1 and len(found) != prediction[1]:
+            raise ValueError(f"loss: expected class weights [{prediction[1]}], got {list(found.shape)}")
+        if found.device != target.device:
+            raise ValueError(f"loss: expected class weights on {target.device} like the targets, got {found.device}")
+        if found.dtype != dtype:
+            raise TypeError(f"loss: expected class weights in {dtype} like the parameters, got {found.dtype}")
     if loss.kind == "cross_entropy" and not target.is_floating_point():
         if target.dtype != torch.int64:
             raise TypeError(f"{name}: expected int64 labels (or soft labels in {dtype}), got {target.dtype}")

@@ -150,10 +150,12 @@ def _examine(module, layout, theta, x, y, loss, names) -> Plan:
 def _identity(loss) -> tuple:
     """What tells a loss from others, and a weak reference to what must live for it to stay so.
 
-    A callable is itself, whatever it is equal to. The reference is weak because a loss may hold the module.
+    A recognised loss is its settings, which a module may change from call to call. A callable of the
+    user's is itself, whatever it is equal to. The reference is weak because a loss may hold the module.
     """
-    if loss is None or isinstance(loss, str):
-        return loss, lambda: loss
+    known = losses.recognise(loss) if loss is not None else None
+    if loss is None or known is not None:
+        return known and known.settings, lambda: None
     owner = getattr(loss, "__self__", loss)  # a method is a new object each time it is looked up
     identity = (id(owner), id(getattr(loss, "__func__", loss)) if owner is not loss else None)
     try:
@@ -204,13 +206,13 @@ def _try_one_task(problem: Problem, theta, one, loss, y, names) -> torch.Size | 
             f"{names[0]}: the module failed on one task, {_shapes(x)}: {type(error).__name__}: {_first_line(error)}"
         ) from error
     shape = prediction.shape if isinstance(prediction, Tensor) else None
-    if shape is None and not callable(loss):
+    if shape is None and (loss is None or losses.recognise(loss) is not None):
         raise TypeError(f"module: expected to return a tensor, got {type(prediction).__name__}")
     value = prediction
     if loss is not None:
         losses.check_target(loss, names[1], y, shape, theta.dtype)
         try:
-            value = problem.loss(prediction, target)
+            value = problem.score(prediction, target)
         except Exception as error:
             raise ValueError(
                 f"{names[1]}: the loss failed on one task, prediction {_shapes(prediction)} and target "

@@ -86,6 +86,8 @@ def trace(module: nn.Module) -> torch.fx.Graph:
         raise Unrecognised(f"torch.fx cannot trace it: {type(error).__name__}: {_first_line(error)}") from error
     finally:
         changed = before.restore()
+    if any(name.startswith("_tensor_constant") for name in changed):  # where torch.fx keeps what it found
+        raise Unrecognised("it computes with a tensor that is neither parameter nor input")
     if changed:
         raise Unrecognised("its forward changes the module's attributes or buffers")
     return graph
@@ -100,19 +102,20 @@ class _State:
         self.dicts = [(d, dict(d)) for d in dicts]
         self.buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in module.buffers()]
 
-    def restore(self) -> bool:
-        """Put it back; whether anything but the generator had changed."""
+    def restore(self) -> set[str]:
+        """Put it back; the names of what had changed, but for the generator."""
         torch.random.set_rng_state(self.random)
-        changed = False
+        changed: set[str] = set()
         for d, then in self.dicts:
-            if len(d) != len(then) or any(d.get(name) is not value for name, value in then.items()):
-                changed = True
+            names = {name for name in {*d, *then} if name not in d or name not in then or d[name] is not then[name]}
+            if names:
+                changed |= names
                 d.clear()
                 d.update(then)
         with torch.no_grad():
             for buffer, version, then in self.buffers:
                 if buffer._version != version:
-                    changed = True
+                    changed.add("buffers")
                     buffer.copy_(then)
         return changed
 
@@ -267,7 +270,8 @@ class _Reader:
 
     def constant(self, node, name, args, kwargs):
         """Arithmetic on sizes and numbers. Anything that makes a tensor is refused."""
-        if node.target is torch._assert:  # by torch.fx, that arguments have their default
+        # By torch.fx, that arguments have their default.
+        if node.target is torch._assert or self.name(node) == "_assert_is_none":
             return None
         if node.target in (getattr, operator.getitem) or getattr(node.target, "__module__", "") in ("_operator", "math"):
             result = node.target(*args, **kwargs)
@@ -630,6 +634,9 @@ _METHODS = frozenset(
     "reshape flatten unflatten contiguous softmax log_softmax size".split()
 )
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "Flatten", "Unflatten", "contiguous", "Identity", "squeeze"}
+# Dropout that does nothing returns its argument.
+_ALIASES |= {"dropout", "dropout2d", "alpha_dropout", "feature_alpha_dropout"}
+_ALIASES |= {"Dropout", "Dropout1d", "Dropout2d", "AlphaDropout", "FeatureAlphaDropout"}
 
 
 def _batch_norm(reader: _Reader, m: nn.Module, x: _Value) -> _Value:

@@ -19,6 +19,7 @@ mlp_omni and omni_conv of ``benchmarks/`` (run eagerly, dual numbers double the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,9 +27,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import losses
 from .per_task import Rule, TaskMap, per_task
 from .rates import expand_rate, rate_of_step, reduce_rate
-from .stateless import Layout
+from .stateless import KeptSamples, Layout
 
 
 @dataclass
@@ -45,12 +47,22 @@ class Problem:
 
     def predict(self, theta: Tensor, *data: Tensor) -> Tensor:
         self.tasks.reseed(0)
-        return self.layout.call(theta, pytree.tree_unflatten(data, self.spec)[0])
+        return self._call(theta, *pytree.tree_unflatten(data, self.spec))
 
     def value(self, theta: Tensor, *data: Tensor, step: int = 0) -> Tensor:
         self.tasks.reseed(step)
         x, y = pytree.tree_unflatten(data, self.spec)
-        return self.loss(self.layout.call(theta, x), y)
+        return self.score(self._call(theta, x, y), y)
+
+    def score(self, prediction: Tensor, y) -> Tensor:
+        y, weight = losses.split(self.loss, y)
+        return self.loss(prediction, y) if weight is None else self.loss(prediction, y, weight)
+
+    def _call(self, theta: Tensor, x, y) -> Tensor:
+        """The prediction; a sample of weight 0 has no part in what other samples are normalised by."""
+        _, weight = losses.split(self.loss, y)
+        with contextlib.nullcontext() if weight is None else KeptSamples(weight):
+            return self.layout.call(theta, x)
 
     def gradient(self, theta: Tensor, *data: Tensor, step: int = 0) -> Tensor:
         value, pullback = self.tasks.vjp(lambda theta: self.value(theta, *data, step=step), theta)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
 
 
 @contextlib.contextmanager
@@ -31,6 +33,62 @@ def stateless(module: nn.Module):
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for m in tracking:
             m.track_running_stats = True
+
+
+class KeptSamples(TorchFunctionMode):
+    """While it lasts, batch norm takes the statistics of a task from the samples whose weight ``[N]`` is not 0.
+
+    So a task padded to the size of others gives what it would alone. Written with plain operators, which vmap
+    batches at any order of derivative. Samples lie in the first dimension of what is normalised.
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = weight
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return self._functional(*args, **kwargs)
+        if func is torch.batch_norm:
+            return self._operator(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _functional(
+        self, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+    ):
+        if training:
+            return self._normalise(input, weight, bias, eps)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+    def _operator(
+        self, input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
+    ):
+        if training:
+            return self._normalise(input, weight, bias, eps)
+        return torch.batch_norm(
+            input, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled
+        )
+
+    def _normalise(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        samples = self.weight.shape[0]
+        if input.shape[0] != samples:
+            raise ValueError(
+                f"batch norm with weights of samples needs the {samples} samples in the first dimension, got "
+                f"{list(input.shape)}"
+            )
+        F._verify_batch_size(input.shape)
+        wide = input.to(torch.promote_types(input.dtype, self.weight.dtype))
+        dims, channels = (0, *range(2, input.dim())), (-1, *[1] * (input.dim() - 2))
+        kept = (self.weight != 0).reshape(-1, *[1] * (input.dim() - 1))
+        count = kept.sum() * input.shape[2:].numel()
+        mean = torch.where(kept, wide, 0).sum(dims, keepdim=True) / count
+        centered = wide - mean
+        variance = torch.where(kept, centered.square(), 0).sum(dims, keepdim=True) / count
+        result = centered * (variance + eps).rsqrt()
+        result = result if weight is None else result * weight.reshape(channels)
+        result = result if bias is None else result + bias.reshape(channels)
+        return result.to(input.dtype)
 
 
 class Layout:
