@@ -105,6 +105,8 @@ def recognise(loss: str | Callable) -> Loss | None:
             return None
         if loss._backward_hooks or loss._backward_pre_hooks or module_hooks._has_any_global_hook():
             return None
+        if loss._parameters or loss._modules:  # weights that learn, say
+            return None
         kind = _MODULES[type(loss)]
         options = {k: v for k, v in vars(loss).items() if not k.startswith("_") and k != "training"}
         options.update(loss._buffers)
@@ -126,6 +128,10 @@ def recognise(loss: str | Callable) -> Loss | None:
     if any(v is not None and k not in known for k, v in options.items()):
         return None
     found = Loss(kind, **{known[k]: v for k, v in options.items() if k in known})
+    if not all(isinstance(v, (int, float)) for v in (found.delta, found.smoothing, found.ignore_index)):
+        return None
+    if not isinstance(found.class_weight, (Tensor, type(None))):
+        return None
     if not (found.delta > 0 and 0 <= found.smoothing <= 1):  # torch says what is wrong
         return None
     if found.class_weight is not None and (found.class_weight.requires_grad or found.class_weight.dim() != 1):
