@@ -13,6 +13,8 @@ import inspect
 import math
 import operator
 import os
+import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .program import ABSENT, LAYER_INTS, VERSION, Activation, Kind, Network, Statistics
 from .stateless import Layout
@@ -35,27 +38,93 @@ class _Samples:
 
 
 N = _Samples()
+_CALL = nn.Module.__call__
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _HOOKS = [f"_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre")]
+
+
+class _Symbol(torch.fx.Proxy):
+    """A value during the trace. It is no tensor, and forward methods must not find that out and act on it."""
+
+    @property
+    def __class__(self):
+        frame = sys._getframe(1)
+        # Whoever asks is user code, torch.is_tensor, or a torch.autograd.Function whose backward nothing records.
+        if not _is_torch(frame) or frame.f_code.co_name == "is_tensor" or _is_function(frame):
+            self.tracer.refuse("asks for the type of a value, or hands one to a torch.autograd.Function")
+        return type(self)
+
+    def __getattr__(self, name):
+        if not hasattr(Tensor, name):  # so that hasattr tells what it would of a tensor
+            raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+        return super().__getattr__(name)
 
 
 class _Tracer(torch.fx.Tracer):
     """Leaves torch's layers whole, and notes the line of user code behind each node.
 
     (``record_stack_traces`` does that too, but imports torch's compiler: 1.4 s at the first call.)
+
+    ``refused`` is the first thing that happened which a graph does not show. It is noted, not raised, as a forward
+    method may catch what is raised.
     """
+
+    proxy_buffer_attributes = True  # else a forward method computes with their values of today
+    refused = ""
+
+    def refuse(self, why: str) -> None:
+        self.refused = self.refused or f"forward {why}{_at(_user_line())}"
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return _Symbol(node, self)
 
     def create_node(self, *args, **kwargs) -> torch.fx.Node:
         node = super().create_node(*args, **kwargs)
-        frame = inspect.currentframe()
-        while frame and (f"{os.sep}torch{os.sep}" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
-            frame = frame.f_back
-        if frame and frame.f_code.co_name != "trace":
-            node.meta["line"] = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            self.refuse("turns off gradients")
+        if torch.is_autocast_enabled("cpu"):
+            self.refuse("turns on autocast")
+        line = _user_line()
+        if line:
+            node.meta["line"] = line
         return node
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return _is_layer(module)
+
+
+class _NoOperators(TorchDispatchMode):
+    """Notes what computes with tensors during the trace: a number or a branch got from it would be there for good."""
+
+    def __init__(self, tracer: _Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.tracer.refuse(f"computes with tensors other than its input ({func})")
+        return func(*args, **(kwargs or {}))
+
+
+def _is_torch(frame) -> bool:
+    return f"{os.sep}torch{os.sep}" in frame.f_code.co_filename
+
+
+def _is_function(frame) -> bool:
+    return frame.f_code.co_filename == torch.autograd.function.__file__
+
+
+def _user_line() -> str:
+    """The innermost line that is neither torch's nor ours, as "file:line"."""
+    frame = inspect.currentframe()
+    while frame and (_is_torch(frame) or frame.f_code.co_filename == __file__):
+        if frame.f_code.co_filename == __file__ and frame.f_code.co_name == "trace":
+            return ""
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""
+
+
+def _at(line: str) -> str:
+    return f" ({line})" if line else ""
 
 
 def trace(module: nn.Module) -> torch.fx.Graph:
@@ -68,6 +137,13 @@ def trace(module: nn.Module) -> torch.fx.Graph:
         at = f"{name or 'the module'} ({type(m).__name__})"
         if any(m.__dict__.get(hooks) for hooks in _HOOKS):
             raise Unrecognised(f"{at} has hooks")
+        # fx calls the forward of the outermost module, not the module.
+        called = m is not module or isinstance(m, torch.fx.GraphModule) or type(m).__call__ is _CALL
+        if not called or type(m)._call_impl is not nn.Module._call_impl:
+            raise Unrecognised(f"{at} has a __call__ of its own")
+        replaced = [n for n in m.__dict__ if inspect.isfunction(getattr(type(m), n, None))] if _is_layer(m) else ()
+        if replaced and replaced != ["forward"]:
+            raise Unrecognised(f"{at} has a {replaced[0]} that was set on the instance")
         if "forward" in m.__dict__:
             raise Unrecognised(f"{at} has a forward that was set on the instance")
         if torch.nn.utils.parametrize.is_parametrized(m):
@@ -79,17 +155,22 @@ def trace(module: nn.Module) -> torch.fx.Graph:
     if any(a.default is a.empty for a in arguments[1:]):
         raise Unrecognised("forward takes several inputs")
     defaults = None if _is_layer(module) else {a.name: a.default for a in arguments[1:]} or None
-    before = _State(module)
+    before, tracer = _State(module), _Tracer()
     try:
-        graph = _Tracer().trace(_root(module), concrete_args=defaults)
+        with torch.inference_mode(False), torch.enable_grad(), _NoOperators(tracer):
+            graph = tracer.trace(_root(module), concrete_args=defaults)
     except Exception as error:  # whatever a user's forward raises on symbols
+        if tracer.refused:
+            raise Unrecognised(tracer.refused) from error
         raise Unrecognised(f"torch.fx cannot trace it: {type(error).__name__}: {_first_line(error)}") from error
     finally:
         changed = before.restore()
     if any(name.startswith("_tensor_constant") for name in changed):  # where torch.fx keeps what it found
         raise Unrecognised("it computes with a tensor that is neither parameter nor input")
+    if tracer.refused:
+        raise Unrecognised(tracer.refused)
     if changed:
-        raise Unrecognised("its forward changes the module's attributes or buffers")
+        raise Unrecognised("its forward changes the module's attributes or buffers, or draws random numbers")
     return graph
 
 
@@ -97,7 +178,7 @@ class _State:
     """What tracing a forward method might change: attributes, values of buffers, the random generator."""
 
     def __init__(self, module: nn.Module):
-        self.random = torch.random.get_rng_state()
+        self.random, self.python_random = torch.random.get_rng_state(), random.getstate()
         dicts = [d for m in module.modules() for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
         self.dicts = [(d, dict(d)) for d in dicts]
         self.buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in module.buffers()]
@@ -106,6 +187,9 @@ class _State:
         """Put it back; the names of what had changed, but for the generator."""
         torch.random.set_rng_state(self.random)
         changed: set[str] = set()
+        if random.getstate() != self.python_random:
+            changed.add("random numbers")
+            random.setstate(self.python_random)
         for d, then in self.dicts:
             names = {name for name in {*d, *then} if name not in d or name not in then or d[name] is not then[name]}
             if names:
@@ -166,6 +250,12 @@ class _Value:
 
 def _first_line(error) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _dim(dim: int, rank: int) -> int:
+    if not -rank <= dim < rank:
+        raise Unrecognised(f"there is no dimension {dim} of {rank}")
+    return dim % rank
 
 
 def _pair(value) -> tuple[int, int]:
@@ -249,7 +339,7 @@ class _Reader:
             if key.endswith("_") or inspect.signature(method).bind(*args, **kwargs).arguments.get("inplace"):
                 self.check_in_place(node)
             return method(*args, **kwargs)
-        except (TypeError, AttributeError, ValueError, IndexError) as error:
+        except (TypeError, AttributeError, ValueError, LookupError, ArithmeticError) as error:
             raise Unrecognised(f"{self.name(node)}: {_first_line(error)}{self.where(node)}") from error
         except Unrecognised as error:
             raise Unrecognised(f"{error}{self.where(node)}") from None
@@ -258,7 +348,7 @@ class _Reader:
         """Where in the user's code: the innermost line that is not torch's."""
         if node.op == "call_module":
             return f" (module {node.target})"
-        return f" ({node.meta['line']})" if "line" in node.meta else ""
+        return _at(node.meta.get("line", ""))
 
     def attribute(self, node: torch.fx.Node):
         value = self.root
@@ -304,6 +394,8 @@ class _Reader:
             raise Unrecognised(f"{text.split()[0]} of something that is not computed from the input")
         if x.opaque:
             raise Unrecognised(f"samples of shape {list(x.shape)} have a compiled rule only where they are flattened")
+        if any(isinstance(value, Tensor) for value in (*attributes, *numbers)):
+            raise Unrecognised(f"{text.split()[0]} with a parameter where a number is expected")
         layer = [int(kind), x.index, second, *map(int, attributes)]
         self.layers.append(layer + [0] * (LAYER_INTS - len(layer)))
         self.numbers += [float(number) for number in numbers]
@@ -362,6 +454,10 @@ class _Reader:
             bottom, right = total[0] - top, total[1] - left
         else:
             top, left = bottom, right = (0, 0) if padding == "valid" else _pair(padding)
+        if min(sh, sw, dh, dw) < 1 or min(top, left) < 0 or padding == "same" and max(sh, sw) > 1:
+            raise Unrecognised(f"conv2d: stride {stride}, padding {padding!r} and dilation {dilation} are not possible")
+        if c % groups or out % groups:
+            raise Unrecognised(f"conv2d: {groups} groups do not divide {c} and {out} channels")
         oh = (h + top + bottom - dh * (kh - 1) - 1) // sh + 1
         ow = (w + left + right - dw * (kw - 1) - 1) // sw + 1
         if min(oh, ow) < 1:
@@ -402,6 +498,8 @@ class _Reader:
 
     def group_norm(self, input, num_groups, weight=None, bias=None, eps=1e-5):
         text = f"group norm, {num_groups} groups"
+        if input.shape[0] % num_groups:
+            raise Unrecognised(f"{text}, do not divide {input.shape[0]} channels")
         return self.norm(input, Statistics.SAMPLE, num_groups, False, weight, bias, None, None, eps, text)
 
     def instance_norm(
@@ -453,7 +551,7 @@ class _Reader:
 
     def mean(self, input, dim=None, keepdim=False):
         rank = len(input.shape) + 1
-        dims = {d % rank for d in ((dim,) if isinstance(dim, int) else tuple(dim or ()))}
+        dims = {_dim(d, rank) for d in ((dim,) if isinstance(dim, int) else tuple(dim or ()))}
         if rank < 3 or dims != set(range(2, rank)):
             raise Unrecognised(f"mean over dimensions {dim}: only over all spatial ones")
         c = input.shape[0]
@@ -490,14 +588,14 @@ class _Reader:
 
     def flatten(self, input, start_dim=0, end_dim=-1):
         rank = len(input.shape) + 1
-        start, end = start_dim % rank, end_dim % rank
+        start, end = _dim(start_dim, rank), _dim(end_dim, rank)
         if start == 0:
             raise Unrecognised("flatten from dimension 0 mixes samples")
         kept = input.shape[: start - 1], input.shape[start - 1 : end], input.shape[end:]
         return self.reshaped(input, (*kept[0], math.prod(kept[1]), *kept[2]))
 
     def unflatten(self, input, dim, sizes):
-        d = dim % (len(input.shape) + 1)
+        d = _dim(dim, len(input.shape) + 1)
         if d == 0:
             raise Unrecognised("unflatten of dimension 0 mixes samples")
         sizes = list(sizes)
@@ -516,6 +614,8 @@ class _Reader:
         return input
 
     def combine(self, x, y, alpha, beta, multiply=False):
+        if not isinstance(beta, (int, float)):
+            raise Unrecognised("alpha is no number")
         if isinstance(x, _Value) and isinstance(y, _Value):
             if x.shape != y.shape or x.opaque or y.opaque:
                 raise Unrecognised(f"shapes {list(x.shape)} and {list(y.shape)} do not match: broadcasting")
@@ -529,10 +629,10 @@ class _Reader:
         return self.layer(Kind.COMBINE, x, [0], x.shape, f"{numbers[0]:g} x + {numbers[1]:g}", numbers=numbers)
 
     def add(self, input, other, alpha=1):
-        return self.combine(input, other, 1.0, float(alpha))
+        return self.combine(input, other, 1.0, alpha)
 
     def sub(self, input, other, alpha=1):
-        return self.combine(input, other, 1.0, -float(alpha))
+        return self.combine(input, other, 1.0, -alpha)
 
     def mul(self, input, other):
         return self.combine(input, other, 1.0, 1.0, multiply=True)
@@ -583,7 +683,7 @@ class _Reader:
 
     def softmax(self, input, dim=None, _stacklevel=3, dtype=None, logarithm=0):
         rank = len(input.shape) + 1
-        if dim is None or dim % rank != 1 or dtype is not None:
+        if dim is None or _dim(dim, rank) != 1 or dtype is not None:
             raise Unrecognised(f"softmax over dimension {dim}: only over channels, dimension 1")
         text = "log softmax" if logarithm else "softmax"
         return self.layer(Kind.SOFTMAX, input, [logarithm], input.shape, text)

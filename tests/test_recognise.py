@@ -5,6 +5,7 @@
 
 import contextlib
 import math
+import random
 from collections import OrderedDict
 
 import pytest
@@ -588,6 +589,79 @@ def changed_by_another_name(m, x, name):
     return F.relu(name(y), inplace=True) + y
 
 
+class Branches(Keywords):
+    """A network unless what it asks, which is true of tensors, is false."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.asks = asks
+
+    def forward(self, x):
+        return self.fc(x) if self.asks(x) else 2 * x
+
+
+class OwnCall(Keywords):
+    def forward(self, x):
+        return self.fc(x)
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Negated(torch.autograd.Function):
+    """Its gradient is none of its value."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return -cotangent
+
+
+negated = Negated.apply
+
+
+class Slope(Keywords):
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.3), requires_grad=False)
+        self.register_buffer("kept", torch.tensor(0.3))
+        self.plain = [torch.tensor(0.3)]
+
+
+class SlopeOfRelu(Slope):
+    def forward(self, x):
+        return F.leaky_relu(self.fc(x), self.slope)
+
+
+class SlopeOfAdd(Slope):
+    def forward(self, x):
+        return torch.add(self.fc(x), x, alpha=self.slope)
+
+
+class NumberOfBuffer(Slope):
+    def forward(self, x):
+        return self.fc(x) * self.kept.item()
+
+
+class NumberOfTensor(Slope):
+    def forward(self, x):
+        return self.fc(x) * self.plain[0].item()
+
+
+def within(context, function):
+    with context:
+        return function()
+
+
+def own_convolution():
+    module = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU())
+    module[0]._conv_forward = lambda x, weight, bias: 2 * F.conv2d(x, weight, bias)
+    return module
+
+
 def old_weight_norm():
     import warnings
 
@@ -678,6 +752,37 @@ TRAPS = {
     "an LSTM": (lambda: Calls(lambda m, x: m.cell(x), cell=nn.GRUCell(5, 5)), (5,), "GRUCell"),
     "its input": (lambda: Calls(lambda m, x: m.anchor.weight), (5,), "one tensor"),
     "another dtype": (lambda: Calls(lambda m, x: m.anchor(x).float()), (5,), "float"),
+    "isinstance": (lambda: Branches(lambda x: isinstance(x, torch.Tensor)), (5,), "type of a value"),
+    "is_tensor": (lambda: Branches(torch.is_tensor), (5,), "type of a value"),
+    "its own call": (OwnCall, (5,), "__call__"),
+    "a method on the instance": (own_convolution, (1, 5, 5), "_conv_forward"),
+    "autograd function": (lambda: Calls(lambda m, x: negated(m.anchor(x))), (5,), "autograd.Function"),
+    "no_grad": (lambda: Calls(lambda m, x: m.anchor(within(torch.no_grad(), lambda: m.anchor(x)))), (5,), "gradients"),
+    "autocast": (
+        lambda: Calls(lambda m, x: within(torch.autocast("cpu", torch.bfloat16), lambda: m.anchor(x))),
+        (5,),
+        "autocast",
+    ),
+    "a random branch": (lambda: Calls(lambda m, x: m.anchor(x) if torch.rand(()) < 0.5 else x), (5,), "aten.rand"),
+    "Python's random numbers": (
+        lambda: Calls(lambda m, x: m.anchor(x) if random.random() < 0.5 else 2 * m.anchor(x)),
+        (5,),
+        "random",
+    ),
+    "a parameter for a number": (SlopeOfRelu, (5,), "where a number"),
+    "a parameter for alpha": (SlopeOfAdd, (5,), ""),
+    "a number from a buffer": (NumberOfBuffer, (5,), "kept"),
+    "a number from a tensor": (NumberOfTensor, (5,), "other than its input"),
+    "no such dimension": (lambda: nn.Sequential(nn.Linear(5, 5), nn.Softmax(3)), (5,), "dimension 3"),
+    "stride 0": (lambda: nn.Conv2d(2, 2, 3, stride=0), (2, 5, 5), "stride"),
+    "negative padding": (lambda: nn.Conv2d(2, 2, 3, padding=-1), (2, 7, 7), "padding"),
+    "same padding with a stride": (
+        lambda: image_calls(lambda m, x: F.conv2d(x, m.conv.weight, None, 2, "same")),
+        (2, 5, 5),
+        "padding",
+    ),
+    "a size divided by 0": (lambda: Calls(lambda m, x: m.anchor(x).view(-1, x.size(1) // 0)), (5,), "zero"),
+    "groups that do not divide": (lambda: Calls(lambda m, x: F.group_norm(m.anchor(x), 2)), (5,), "divide"),
     "a shuffled dimension": (lambda: image_calls(lambda m, x: m.conv(x).transpose(1, 2)), (2, 5, 5), "transpose"),
 }
 
@@ -699,6 +804,10 @@ def test_what_only_resembles_a_network(name):
 def test_subclasses_are_traced_through():
     check(nn.Sequential(TwiceLinear(5, 3), nn.ReLU()), 5)
     check(DoubledConv(2, 3, 3), 2, 5, 5)
+
+
+def test_values_have_the_attributes_of_tensors():
+    check(Branches(lambda x: not hasattr(x, "no_such_attribute")), 5)
 
 
 def test_what_a_subclass_overrides_is_not_lost():
