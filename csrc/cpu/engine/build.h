@@ -9,6 +9,7 @@ namespace {
 #include "simd.h"
 #include "product.h"
 #include "frame.h"
+#include "parameters.h"
 #include "contract.h"
 #include "activation.h"
 #include "block.h"

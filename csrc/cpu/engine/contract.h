@@ -22,8 +22,7 @@ struct Contract {
     const int64_t vectors = result.pitch / kLanes<T>, panels = (vectors + 3) / 4;
     const int64_t in_group = group * rows.count, tiles = (in_group + kTile - 1) / kTile;
     const int64_t work = smaller(in_group, kTile) * smaller<int64_t>(vectors, 4) * kLanes<T> * rows.taps * channels;
-    c.crew.each(groups * tiles * panels, work * count, [&](int64_t i) {
-      const int64_t panel = i % panels, tile = i / panels % tiles, first = i / panels / tiles * group;
+    auto part = [&](int64_t first, int64_t tile, int64_t panel) {
       const int64_t all = smaller(group, c.f.count - first) * rows.count;
       const int64_t begin = tile * kTile, end = smaller(begin + kTile, all);
       if (begin >= end) return;
@@ -58,6 +57,10 @@ struct Contract {
         tap = 0;
         k += p.inner;
       } while (k < channels);
+    };
+    if (groups * tiles * panels == 1) return part(0, 0, 0);
+    c.crew.each(groups * tiles * panels, work * count, [&](int64_t i) {
+      part(i / panels / tiles * group, i / panels % tiles, i % panels);
     });
   }
 
@@ -134,86 +137,83 @@ struct Contract {
     }
   }
 
-  // A linear layer with so few outputs that vectors of them would be mostly padding: vectors run along the inputs.
-  // Only where the transposed filter is there anyway.
-  static INLINE bool narrow(const Context<T>& c, const Layer& l) {
-    const Value& in = c.in(l);
-    return c.out(l).c <= kLanes<T> / 4 && l.filter_rows && in.h * in.w == 1 && l.kh * l.kw == 1 &&
-           c.net.needs_gradient[l.in] && in.pitch % kLanes<T> == 0 && c.net.slot[l.weight].groups == 1;
-  }
-  struct Rowwise {
-    const T *data, *transposed;
-  };
-  static void narrow_forward(const Context<T>& c, const Layer& l, T* to, const Rowwise* terms, int count,
-                             const T* bias) {
+  // Rows of a narrow filter lie along the input. Here a sample's product with one is a sum over lanes, of as many
+  // samples at once as a vector has lanes.
+  static void narrow_forward(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, const T* bias) {
+    constexpr int L = kLanes<T>;
     const Value &in = c.in(l), &out = c.out(l);
-    for (int64_t n = 0; n < c.f.count; n++)
-      for (int64_t o = 0; o < out.c; o++) {
-        T sum = bias ? bias[o] : 0;
-        for (int s = 0; s < count; s++)
-          sum += row_product<T>(terms[s].data + n * in.image, terms[s].transposed + o * in.pitch, in.pitch);
-        to[n * out.image + o] = sum;
+    for (int64_t o = 0; o < out.c; o++)
+      for (int64_t n = 0; n < c.f.count; n += L) {
+        const int64_t samples = smaller<int64_t>(L, c.f.count - n);
+        Vec<T> sum[L];
+        for (int i = 0; i < L; i++) {
+          sum[i] = Vec<T>{};
+          if (i < samples)
+            for (int s = 0; s < count; s++) {
+              const T *data = terms[s].data + (n + i) * in.image, *filter = terms[s].filter + o * in.pitch;
+              for (int64_t k = 0; k < in.pitch; k += L) sum[i] += load<T>(data + k) * load<T>(filter + k);
+            }
+        }
+        transpose_tile<T>(sum);
+        Vec<T> total = splat<T>(bias ? bias[o] : 0);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++) total += sum[i];
+        for (int i = 0; i < samples; i++) to[(n + i) * out.image + o] = total[i];
       }
   }
   static void narrow_filter(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, bool add) {
     const Value &in = c.in(l), &out = c.out(l);
     for (int64_t o = 0; o < out.c; o++)
-      for (int64_t k = 0; k < in.c; k += kLanes<T>) {
+      for (int64_t k = 0; k < in.pitch; k += kLanes<T>) {
         Vec<T> sum{};
         for (int s = 0; s < count; s++)
           for (int64_t n = 0; n < c.f.count; n++)
             sum += load<T>(terms[s].data + n * in.image + k) * terms[s].filter[n * out.image + o];
-        const int64_t lanes = smaller<int64_t>(kLanes<T>, in.c - k);
-        for (int64_t i = 0; i < lanes; i++) {
-          T& result = to[(k + i) * out.pitch + o];
-          result = sum[i] + (add ? result : 0);
-        }
+        put<T>(to + o * in.pitch + k, sum, add);
       }
+    for (int64_t o = 0; o < out.c; o++)  // or the padding, which data may fill, would count in the next forward pass
+      for (int64_t k = in.c; k < in.pitch; k++) to[o * in.pitch + k] = 0;
   }
 
-  static void forward(const Context<T>& c, const Layer& l) {
-    if (narrow(c, l)) {
-      const Rowwise term{c.f.value(c.in(l)), c.p.transposed + c.net.slot[l.weight].transposed};
-      narrow_forward(c, l, c.f.value(c.out(l)), &term, 1, c.p.slot(c.net, l.bias));
-      return;
-    }
-    const Term term{c.f.value(c.in(l)), c.p.slot(c.net, l.weight)};
-    positions(c, l, *l.forward, c.out(l), c.f.value(c.out(l)), c.in(l), c.in(l).c, &term, 1,
-              c.p.slot(c.net, l.bias), false);
+  // out (+)= bias + sum of terms
+  static void to_output(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, const T* bias) {
+    if (c.net.slot[l.weight].narrow)
+      narrow_forward(c, l, to, terms, count, bias);
+    else
+      positions(c, l, *l.forward, c.out(l), to, c.in(l), c.in(l).c, terms, count, bias, false);
   }
-
+  static void to_filter(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count) {
+    (c.net.slot[l.weight].narrow ? narrow_filter : filter)(c, l, to, terms, count, !l.writes_weight);
+  }
   static void to_input(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count) {
     for (int64_t i = 0; i < l.phases; i++)
       positions(c, l, l.backward[i], c.in(l), to, c.out(l), c.out(l).c, terms, count, nullptr, l.accumulate[0]);
   }
 
+  static void forward(const Context<T>& c, const Layer& l) {
+    const Term term{c.f.value(c.in(l)), c.p.slot(c.net, l.weight)};
+    to_output(c, l, c.f.value(c.out(l)), &term, 1, c.p.slot(c.net, l.bias));
+  }
+
   static void backward(const Context<T>& c, const Layer& l) {
-    const Slot& weight = c.net.slot[l.weight];
     const T* g = c.f.gradient(c.out(l));
     if (T* to = c.gradient(l.weight)) {
       const Term term{c.f.value(c.in(l)), g};
-      (narrow(c, l) ? narrow_filter : filter)(c, l, to, &term, 1, !l.writes_weight);
+      to_filter(c, l, to, &term, 1);
     }
     if (T* to = c.gradient(l.bias)) bias(c, l, c.f, to);
     if (c.net.needs_gradient[l.in]) {
-      const Term term{g, c.p.transposed + weight.transposed};
+      const Term term{g, c.p.flipped(c.net.slot[l.weight])};
       to_input(c, l, c.f.gradient(c.in(l)), &term, 1);
     }
   }
 
   static void tangent_forward(const Context<T>& c, const Layer& l) {
-    if (narrow(c, l)) {
-      const int64_t at = c.net.slot[l.weight].transposed;
-      const Rowwise terms[2] = {{c.t.value(c.in(l)), c.p.transposed + at}, {c.f.value(c.in(l)), c.d.transposed + at}};
-      narrow_forward(c, l, c.t.value(c.out(l)), terms, c.net.slot[l.weight].fixed ? 1 : 2, c.d.slot(c.net, l.bias));
-      return;
-    }
     Term terms[2];
     int count = 0;
     if (c.net.has_tangent[l.in]) terms[count++] = {c.t.value(c.in(l)), c.p.slot(c.net, l.weight)};
     if (const T* direction = c.d.slot(c.net, l.weight)) terms[count++] = {c.f.value(c.in(l)), direction};
-    positions(c, l, *l.forward, c.out(l), c.t.value(c.out(l)), c.in(l), c.in(l).c, terms, count,
-              c.d.slot(c.net, l.bias), false);
+    to_output(c, l, c.t.value(c.out(l)), terms, count, c.d.slot(c.net, l.bias));
   }
 
   static void tangent_backward(const Context<T>& c, const Layer& l) {
@@ -221,11 +221,12 @@ struct Contract {
     const T *g = c.f.gradient(c.out(l)), *tangent = c.t.gradient(c.out(l));
     if (T* to = c.gradient(l.weight)) {
       const Term terms[2] = {{c.f.value(c.in(l)), tangent}, {c.t.value(c.in(l)), g}};
-      (narrow(c, l) ? narrow_filter : filter)(c, l, to, terms, c.net.has_tangent[l.in] ? 2 : 1, !l.writes_weight);
+      to_filter(c, l, to, terms, c.net.has_tangent[l.in] ? 2 : 1);
     }
     if (T* to = c.gradient(l.bias)) bias(c, l, c.t, to);
     if (c.net.needs_gradient[l.in]) {
-      const Term terms[2] = {{tangent, c.p.transposed + weight.transposed}, {g, c.d.transposed + weight.transposed}};
+      Term terms[2] = {{tangent, c.p.flipped(weight)}};
+      if (!weight.fixed) terms[1] = {g, c.d.flipped(weight)};
       to_input(c, l, c.t.gradient(c.in(l)), terms, weight.fixed ? 1 : 2);
     }
   }

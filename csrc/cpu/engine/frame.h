@@ -21,6 +21,8 @@ struct Parameters {
   const T *adapted, *fixed, *transposed;
 
   INLINE const T* slot(const Slot& s) const { return s.fixed ? (fixed ? fixed + s.at : nullptr) : adapted + s.at; }
+  // For the gradient of the input.
+  INLINE const T* flipped(const Slot& s) const { return s.narrow ? slot(s) : transposed + s.transposed; }
   INLINE const T* slot(const Network& net, int index) const { return index < 0 ? nullptr : slot(net.slot[index]); }
 };
 

@@ -49,21 +49,29 @@ struct LossRule {
       return at[i];
   }
   INLINE int64_t original(int64_t n) const { return target.kept ? target.kept[n] : n; }
-  INLINE D prediction(int64_t n, int64_t p, int64_t k) const {
-    const int64_t at = p / v.w * v.row + p % v.w * v.pitch + k;
-    return number(f.value(v, n), dual ? t.value(v, n) : nullptr, at);
+  // A position of sample n: where it is in the frame, and in what the caller gave.
+  struct Place {
+    int64_t frame, theirs;
+  };
+  template <class F>
+  INLINE void each_position(int64_t n, F f) const {
+    const int64_t plane = v.h * v.w, first = original(n) * v.c * plane;
+    for (int64_t y = 0; y < v.h; y++)
+      for (int64_t x = 0; x < v.w; x++) f(Place{y * v.row + x * v.pitch, first + y * v.w + x}, y * v.w + x);
   }
-  INLINE int64_t place(int64_t n, int64_t p, int64_t k) const { return (original(n) * v.c + k) * v.h * v.w + p; }
-  INLINE D desired(int64_t n, int64_t p, int64_t k) const { return number(target.y, target_t.y, place(n, p, k)); }
+  INLINE D prediction(int64_t n, Place p, int64_t k) const {
+    return number(f.value(v, n), dual ? t.value(v, n) : nullptr, p.frame + k);
+  }
+  INLINE int64_t place(Place p, int64_t k) const { return p.theirs + k * v.h * v.w; }
+  INLINE D desired(Place p, int64_t k) const { return number(target.y, target_t.y, place(p, k)); }
   INLINE D weight(int64_t n) const {
     return target.weight ? number(target.weight, target_t.weight, original(n)) : D(1);
   }
-  INLINE void set_gradient(int64_t n, int64_t p, int64_t k, D g) const {
-    const int64_t at = p / v.w * v.row + p % v.w * v.pitch + k;
+  INLINE void set_gradient(int64_t n, Place p, int64_t k, D g) const {
     if constexpr (dual)
-      t.gradient(v, n)[at] = T(g.tangent);
+      t.gradient(v, n)[p.frame + k] = T(g.tangent);
     else
-      f.gradient(v, n)[at] = T(g);
+      f.gradient(v, n)[p.frame + k] = T(g);
   }
   INLINE void add(T* to, int64_t at, D g) const {
     if constexpr (dual)
@@ -101,55 +109,65 @@ struct LossRule {
     }
   }
 
-  // The loss l of a sample and its share z of the normaliser; with `scale`, w / Z, also the gradients.
-  template <bool gradients>
-  void sample(int64_t n, D scale, D& l, double& z) const {
-    l = D(0), z = 0;
+  INLINE int64_t label(int64_t n, int64_t position) const { return target.labels[original(n) * v.h * v.w + position]; }
+
+  // z of a sample.
+  double share(int64_t n) const {
+    if (!classes()) return 1;
+    if (net.loss.kind == kSoftLabels) return double(v.h) * v.w;
+    double z = 0;
+    for (int64_t i = 0; i < v.h * v.w; i++) {
+      const int64_t k = label(n, i);
+      if (k != net.loss.ignore_index) z += class_weight ? double(class_weight[k]) : 1.0;
+    }
+    return z;
+  }
+
+  // The loss of a sample, whose gradients are set times `scale`.
+  INLINE D sample(int64_t n, D scale) const {
+    D l(0);
     if (!classes()) {
-      const double part = 1.0 / (double(v.c) * v.h * v.w);
-      for (int64_t p = 0; p < v.h * v.w; p++)
+      const D part(1.0 / (double(v.c) * v.h * v.w)), both = scale * part;
+      each_position(n, [&](Place p, int64_t) {
         for (int64_t k = 0; k < v.c; k++) {
           D one, by_p, by_y;
-          element(prediction(n, p, k), desired(n, p, k), one, by_p, by_y);
-          l = l + D(part) * one;
-          if (!gradients) continue;
-          set_gradient(n, p, k, scale * D(part) * by_p);
-          if (to_y) add(to_y, place(n, p, k), scale * D(part) * by_y);
+          element(prediction(n, p, k), desired(p, k), one, by_p, by_y);
+          l = l + part * one;
+          set_gradient(n, p, k, both * by_p);
+          if (to_y) add(to_y, place(p, k), both * by_y);
         }
-      z = 1;
-      return;
+      });
+      return l;
     }
     // Cross entropy against q: l = - sum_k c_k q_k log p_k, with c the class weights.
-    const T* cw = net.loss.class_weight < 0 ? nullptr : class_weight;
     const double smooth = net.loss.parameter / v.c, sharp = 1 - net.loss.parameter;
     const bool labels = net.loss.kind == kLabels;
-    for (int64_t p = 0; p < v.h * v.w; p++) {
-      const int64_t label = labels ? target.labels[original(n) * v.h * v.w + p] : 0;
-      if (labels && label == net.loss.ignore_index) {
-        if (gradients)
-          for (int64_t k = 0; k < v.c; k++) set_gradient(n, p, k, D(0));
-        continue;
+    each_position(n, [&](Place p, int64_t position) {
+      const int64_t right = labels ? label(n, position) : 0;
+      if (labels && right == net.loss.ignore_index) {
+        for (int64_t k = 0; k < v.c; k++) set_gradient(n, p, k, D(0));
+        return;
       }
       double top = value_of(prediction(n, p, 0));
       for (int64_t k = 1; k < v.c; k++) top = larger(top, value_of(prediction(n, p, k)));
       D sum(0), all(0);
       for (int64_t k = 0; k < v.c; k++) sum = sum + exponential_of(prediction(n, p, k) - D(top));
       const D log_sum = logarithm_of(sum) + D(top);
-      auto q = [&](int64_t k) { return labels ? D(label == k ? sharp + smooth : smooth) : D(sharp) * desired(n, p, k) + D(smooth); };
-      auto c = [&](int64_t k) { return D(cw ? cw[k] : 1.0); };
+      auto mass = [&](int64_t k) {
+        const D q = labels ? D(right == k ? sharp + smooth : smooth) : D(sharp) * desired(p, k) + D(smooth);
+        return D(class_weight ? class_weight[k] : 1.0) * q;
+      };
       for (int64_t k = 0; k < v.c; k++) {
-        const D mass = c(k) * q(k);
-        l = l + mass * (log_sum - prediction(n, p, k));
-        all = all + mass;
+        l = l + mass(k) * (log_sum - prediction(n, p, k));
+        all = all + mass(k);
       }
-      z += labels ? (cw ? double(cw[label]) : 1.0) : 1.0;
-      if (!gradients) continue;
       for (int64_t k = 0; k < v.c; k++) {
         const D log_p = prediction(n, p, k) - log_sum;
-        set_gradient(n, p, k, scale * (all * exponential_of(log_p) - c(k) * q(k)));
-        if (to_y) add(to_y, place(n, p, k), D(0) - scale * D(sharp) * c(k) * log_p);
+        set_gradient(n, p, k, scale * (all * exponential_of(log_p) - mass(k)));
+        if (to_y) add(to_y, place(p, k), D(0) - scale * D(sharp * (class_weight ? class_weight[k] : 1.0)) * log_p);
       }
-    }
+    });
+    return l;
   }
 
   const T* class_weight;
@@ -157,19 +175,15 @@ struct LossRule {
   // The loss; its gradient (or the tangent of it) goes to the prediction's, and what is wanted of y's and w's.
   D run() const {
     D total(0), normaliser(0);
-    double z;
+    for (int64_t n = 0; n < f.count; n++) normaliser = normaliser + weight(n) * D(share(n));
+    const D each = D(1) / normaliser;
     for (int64_t n = 0; n < f.count; n++) {
-      D l;
-      sample<false>(n, D(0), l, z);
-      total = total + weight(n) * l;
-      normaliser = normaliser + weight(n) * D(z);
+      const D scale = weight(n) * each, l = sample(n, scale);
+      total = total + scale * l;
+      if (to_weight) add(to_weight, original(n), l * each);
     }
-    const D loss = total / normaliser;
-    for (int64_t n = 0; n < f.count; n++) {
-      D l;
-      sample<true>(n, weight(n) / normaliser, l, z);
-      if (to_weight) add(to_weight, original(n), (l - loss * D(z)) / normaliser);
-    }
-    return loss;
+    if (to_weight)
+      for (int64_t n = 0; n < f.count; n++) add(to_weight, original(n), D(0) - total * each * D(share(n)));
+    return total;
   }
 };

@@ -28,7 +28,8 @@ struct Value {
 };
 
 // A parameter tensor. Inside the engine filters are [taps][inputs][outputs rounded up], so that an output vector is
-// contiguous, and for input gradients [taps][outputs][inputs rounded up]; per-channel vectors are rounded up.
+// contiguous, and for input gradients [taps][outputs][inputs rounded up]; per-channel vectors are rounded up. A narrow
+// filter has so few outputs that vectors of them would be mostly padding: it is [outputs][inputs rounded up] for all.
 enum SlotKind : int { kFilter, kChannels, kElements };
 struct Slot {
   SlotKind kind;
@@ -36,6 +37,8 @@ struct Slot {
   int64_t source;    // where it starts there
   int64_t taps, inputs, outputs, groups;  // filter: inputs and outputs in all; channels, elements: outputs = channels
   int64_t height, width;                  // elements
+  bool narrow;
+  int64_t row;                            // elements of a row, before it is rounded up
   int64_t at, extent;                     // in the engine's parameter vector
   int64_t transposed;                     // filter: where its transpose is, -1: nobody needs it
 };

@@ -18,9 +18,8 @@ struct SampleNorm {
       for (int64_t x = 0; x < v.w; x++)
         for (int64_t k = g * size; k < (g + 1) * size; k++)
           f(y * v.row + x * v.pitch + k, y * out.row + x * out.pitch + k,
-            elements ? (y * v.w + x) * round_up(v.c) + k : k);
+            elements ? (y * v.w + x) * padded<T>(v.c) + k : k);
   }
-  static INLINE int64_t round_up(int64_t n) { return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
   static INLINE T* kept(const Context<T>& c, const Layer& l, const Frame<T>& f, int64_t n, int64_t g) {
     return f.statistics(l) + (n * l.groups + g) * 4;
   }

@@ -88,11 +88,12 @@ INLINE void block_of_rows(const Product<T>& p, int64_t rows, int64_t row, int64_
 // All rows of the vectors [first, first + W): in blocks of nearly equal size.
 template <class T, int W>
 void panel_product(const Product<T>& p, int64_t first) {
-  const int64_t blocks = (p.rows + kBlockRows[W] - 1) / kBlockRows[W];
-  for (int64_t i = 0, row = 0; i < blocks; i++) {
-    const int64_t next = p.rows * (i + 1) / blocks;
-    block_of_rows<T, W>(p, next - row, row, first * kLanes<T>);
-    row = next;
+  const int64_t blocks = (p.rows + kBlockRows[W] - 1) / kBlockRows[W], each = p.rows / blocks;
+  int64_t larger_ones = p.rows - each * blocks;
+  for (int64_t row = 0; row < p.rows;) {
+    const int64_t rows = each + (larger_ones-- > 0);
+    block_of_rows<T, W>(p, rows, row, first * kLanes<T>);
+    row += rows;
   }
 }
 
@@ -112,44 +113,28 @@ void product(const Product<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// out[c][r] = in[r][c] for a matrix of rows x columns: tiles of one vector each way in registers.
+// Transposes a tile of L vectors in registers. Interleaving the halves of the list, log2(L) times, moves the index of
+// a lane to where the index of its vector was: always the same two shuffles.
 template <class T>
 INLINE void transpose_tile(Vec<T>* v) {
   constexpr int L = kLanes<T>;
   typename Simd<T>::Int low, high;
-#pragma GCC unroll 8
-  for (int half = L / 2; half; half /= 2) {
-    for (int i = 0; i < L; i++) {
-      low[i] = (i & half) ? (i ^ half) + L : i;
-      high[i] = (i & half) ? i + L : (i | half);
-    }
-#pragma GCC unroll 64
-    for (int r = 0; r < L; r++)
-      if (!(r & half)) {
-        const Vec<T> a = v[r], b = v[r + half];
-        v[r] = __builtin_shuffle(a, b, low);
-        v[r + half] = __builtin_shuffle(a, b, high);
-      }
+#pragma GCC unroll 16
+  for (int i = 0; i < L; i++) {
+    low[i] = i / 2 + (i % 2) * L;
+    high[i] = low[i] + L / 2;
+  }
+#pragma GCC unroll 4
+  for (int stage = 1; stage < L; stage *= 2) {
+    Vec<T> next[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i++) next[i] = __builtin_shuffle(v[i / 2], v[i / 2 + L / 2], i % 2 ? high : low);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i++) v[i] = next[i];
   }
 }
 
-// sum over k of a[k] * b[k] for one row of each of [rows] x [columns]: where an output vector would be mostly padding.
-// c[r][o] = start[o] + sum of segments a[r] . b[o], with `length` elements padded by zeros in b.
-template <class T>
-INLINE T row_product(const T* a, const T* b, int64_t length) {
-  Vec<T> sum{};
-  for (int64_t k = 0; k < length; k += kLanes<T>) sum += load<T>(a + k) * load<T>(b + k);
-  // Halves are added up, so that the order is the same for any compiler.
-#pragma GCC unroll 8
-  for (int half = kLanes<T> / 2; half; half /= 2) {
-    typename Simd<T>::Int swap;
-    for (int i = 0; i < kLanes<T>; i++) swap[i] = i ^ half;
-    sum += __builtin_shuffle(sum, swap);
-  }
-  return sum[0];
-}
-
-// `rows` of `in` may be fewer than whole vectors; the columns of both are padded to whole vectors.
+// out[c][r] = in[r][c]. `rows` of `in` may be fewer than whole vectors; the columns of both are padded to whole vectors.
 template <class T>
 void transpose(const T* in, int64_t in_step, T* out, int64_t out_step, int64_t rows, int64_t columns) {
   constexpr int L = kLanes<T>;
@@ -164,18 +149,12 @@ void transpose(const T* in, int64_t in_step, T* out, int64_t out_step, int64_t r
     for (int64_t c = 0; c < columns; c += L) {
       Vec<T> tile[L];
       const int64_t count = smaller<int64_t>(L, rows - r), lines = smaller<int64_t>(L, columns - c);
-      if (count == L) {
+      // Numbers of registers are constants: a loop that ends early would keep the tile in memory.
 #pragma GCC unroll 16
-        for (int i = 0; i < L; i++) tile[i] = load<T>(in + (r + i) * in_step + c);
-      } else {
-        for (int i = 0; i < L; i++) tile[i] = i < count ? load<T>(in + (r + i) * in_step + c) : Vec<T>{};
-      }
+      for (int i = 0; i < L; i++) tile[i] = i < count ? load<T>(in + (r + i) * in_step + c) : Vec<T>{};
       transpose_tile<T>(tile);
-      if (lines == L) {
 #pragma GCC unroll 16
-        for (int i = 0; i < L; i++) store<T>(out + (c + i) * out_step + r, tile[i]);
-      } else {
-        for (int64_t i = 0; i < lines; i++) store<T>(out + (c + i) * out_step + r, tile[i]);
-      }
+      for (int i = 0; i < L; i++)
+        if (i < lines) store<T>(out + (c + i) * out_step + r, tile[i]);
     }
 }

@@ -65,7 +65,7 @@ int Builder::slot(int64_t reference, SlotKind kind, int64_t taps, int64_t inputs
                   int64_t height, int64_t width, const char* what) {
   if (reference == -1) return -1;
   Slot s{kind, reference < 0, reference < 0 ? -(reference + 2) : reference,
-         taps, inputs, outputs, groups, height, width, 0, 0, -1};
+         taps, inputs, outputs, groups, height, width, false, outputs, 0, 0, -1};
   const int64_t extent = kind == kFilter     ? times(times(taps, inputs / groups), outputs)
                          : kind == kChannels ? outputs
                                              : times(times(height, width), outputs);
@@ -297,6 +297,9 @@ void Builder::mark() {
 }
 
 void Builder::lay_out() {
+  for (Slot& s : slots) s.narrow = s.kind == kFilter && s.taps * s.groups == 1 && s.outputs <= network.lanes / 4;
+  for (const Layer& l : layers)
+    if (l.kind == kContract && values[l.in].h * values[l.in].w > 1) slots[l.weight].narrow = false;
   const int last = layers.empty() ? 0 : layers.back().out;
   std::vector<bool> used(values.size());
   used[0] = used[last] = true;
@@ -304,7 +307,8 @@ void Builder::lay_out() {
   for (const Layer& l : layers) {
     used[l.in] = used[l.out] = true;
     if (l.second >= 0) used[l.second] = true;
-    if (l.kind != kContract && (l.in == 0 || l.second == 0)) scalar_input = false;
+    const bool broadcasts = l.kind == kContract && !slots[l.weight].narrow;  // the elements of its input
+    if (!broadcasts && (l.in == 0 || l.second == 0)) scalar_input = false;
     if (l.kind != kContract) continue;
     Value &in = values[l.in], &out = values[l.out];
     auto widen = [](int64_t& halo, int64_t by) { halo = std::max(halo, by); };
@@ -337,14 +341,16 @@ void Builder::lay_out() {
   for (Slot& s : slots) {
     int64_t& end = s.fixed ? fixed : adapted;
     s.at = end;
-    s.extent = s.kind == kFilter     ? times(times(s.taps, s.inputs), round_up(s.outputs))
+    s.row = s.narrow ? s.inputs : s.outputs;
+    s.extent = s.narrow              ? times(s.outputs, round_up(s.inputs))
+               : s.kind == kFilter   ? times(times(s.taps, s.inputs), round_up(s.outputs))
                : s.kind == kChannels ? round_up(s.outputs)
                                      : times(times(s.height, s.width), round_up(s.outputs));
     end += s.extent;
     times(end, 1);
   }
   for (Layer& l : layers) {
-    if (l.kind == kContract && needs_gradient[l.in] && slots[l.weight].transposed < 0) {
+    if (l.kind == kContract && needs_gradient[l.in] && !slots[l.weight].narrow && slots[l.weight].transposed < 0) {
       Slot& s = slots[l.weight];
       s.transposed = transposed;
       transposed += times(times(s.taps, s.outputs), round_up(s.inputs));

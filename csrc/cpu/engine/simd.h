@@ -105,3 +105,8 @@ template <class A>
 INLINE A larger(A a, A b) {
   return a > b ? a : b;
 }
+// Rounded up to whole vectors.
+template <class T>
+INLINE int64_t padded(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}

@@ -13,109 +13,6 @@ struct Bump {
   }
 };
 
-// out[c][r] = in[r][c], neither padded: whole tiles in registers, the rest one by one.
-template <class T>
-void transpose_exactly(const T* in, int64_t in_step, T* out, int64_t out_step, int64_t rows, int64_t columns) {
-  constexpr int L = kLanes<T>;
-  for (int64_t r = 0; r < rows; r += L)
-    for (int64_t c = 0; c < columns; c += L) {
-      if (r + L <= rows && c + L <= columns) {
-        transpose<T>(in + r * in_step + c, in_step, out + c * out_step + r, out_step, L, L);
-        continue;
-      }
-      for (int64_t i = r; i < smaller(rows, r + L); i++)
-        for (int64_t j = c; j < smaller(columns, c + L); j++) out[j * out_step + i] = in[i * in_step + j];
-    }
-}
-
-template <class T>
-INLINE int64_t padded(int64_t n) {
-  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-}
-
-// Between PyTorch's layout of a parameter and the engine's.
-template <class T, bool to_engine, class Source, class Target>
-void convert(const Slot& s, Source* theirs, Target* ours) {
-  const int64_t pitch = padded<T>(s.outputs);
-  auto move = [&](int64_t their, int64_t our) {
-    if constexpr (to_engine)
-      ours[our] = theirs[their];
-    else
-      theirs[their] = ours[our];
-  };
-  if (s.kind == kFilter && s.taps == 1 && s.groups == 1) {
-    if constexpr (to_engine)
-      transpose_exactly<T>(theirs, s.inputs, ours, pitch, s.outputs, s.inputs);
-    else
-      transpose_exactly<T>(ours, pitch, theirs, s.inputs, s.inputs, s.outputs);
-  } else if (s.kind == kFilter) {
-    const int64_t inputs = s.inputs / s.groups, outputs = s.outputs / s.groups;
-    if constexpr (to_engine)
-      if (s.groups > 1)
-        for (int64_t i = 0; i < s.taps * s.inputs * pitch; i++) ours[i] = 0;
-    for (int64_t o = 0; o < s.outputs; o++)
-      for (int64_t i = 0; i < inputs; i++)
-        for (int64_t t = 0; t < s.taps; t++)
-          move((o * inputs + i) * s.taps + t, (t * s.inputs + o / outputs * inputs + i) * pitch + o);
-  } else {
-    const int64_t positions = s.kind == kElements ? s.height * s.width : 1;
-    for (int64_t p = 0; p < positions; p++)
-      for (int64_t k = 0; k < s.outputs; k++) move(k * positions + p, p * pitch + k);
-  }
-}
-template <class T>
-void to_engine(const Network& net, bool fixed, const T* theirs, T* ours) {
-  for (int i = 0; i < net.slots; i++)
-    if (net.slot[i].fixed == fixed) convert<T, true>(net.slot[i], theirs + net.slot[i].source, ours + net.slot[i].at);
-}
-template <class T>
-void from_engine(const Network& net, const T* ours, T* theirs) {
-  for (int i = 0; i < net.slots; i++)
-    if (!net.slot[i].fixed) convert<T, false>(net.slot[i], theirs + net.slot[i].source, ours + net.slot[i].at);
-}
-
-// The filters transposed, for the gradients of inputs.
-template <class T>
-void transpose_filters(const Network& net, const Parameters<T>& p, T* out) {
-  for (int i = 0; i < net.slots; i++) {
-    const Slot& s = net.slot[i];
-    const T* filter = s.transposed < 0 ? nullptr : p.slot(s);
-    if (!filter) continue;
-    const int64_t outputs = padded<T>(s.outputs), inputs = padded<T>(s.inputs);
-    for (int64_t t = 0; t < s.taps; t++)
-      transpose<T>(filter + t * s.inputs * outputs, outputs, out + s.transposed + t * s.outputs * inputs, inputs,
-                   s.inputs, s.outputs);
-  }
-}
-
-// Sum of a * b over real parameters: what is in the padding never counts.
-template <class T>
-double dot(const Network& net, const T* a, const T* b) {
-  double total = 0;
-  for (int i = 0; i < net.slots; i++) {
-    const Slot& s = net.slot[i];
-    if (s.fixed) continue;
-    const int64_t pitch = padded<T>(s.outputs), whole = s.outputs / kLanes<T> * kLanes<T>;
-    for (int64_t row = s.at; row < s.at + s.extent; row += pitch) {
-      Vec<T> sum{};
-      for (int64_t k = 0; k < whole; k += kLanes<T>) sum += load<T>(a + row + k) * load<T>(b + row + k);
-      total += sum_of_lanes<T>(sum);
-      for (int64_t k = whole; k < s.outputs; k++) total += double(a[row + k]) * b[row + k];
-    }
-  }
-  return total;
-}
-
-// a * scale [* rate] [+ base] for every parameter, the one element-wise pass there is.
-template <class T>
-void combine_parameters(int64_t count, T* to, const T* base, const T* a, T scale, const T* rate) {
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
-    Vec<T> v = scale * load<T>(a + i);
-    if (rate) v *= load<T>(rate + i);
-    store<T>(to + i, base ? load<T>(base + i) + v : v);
-  }
-}
-
 // What is recorded beside the rules of layers.
 enum Other : int { kTransposing = -1, kUpdating = -2, kLosing = -3 };
 enum Rule : int { kForward, kBackward, kTangentForward, kTangentBackward };
@@ -160,12 +57,13 @@ struct Task {
   T *theta, *constants;     // theta_0 .. theta_K in a row (or two that take turns, where nobody looks back)
   T *gradients;             // of the last step, or of each where they are wanted later
   T *lambda, *direction, *hessian;
-  T *transposed, *transposed_direction;
+  T *transposed, *transposed_direction;  // filters: of the last step, or of each where frames are kept
   T *rates;                 // per parameter: rows in the engine's layout
   int64_t *kept;            // the samples with a weight, where others are left out
   const T* class_weight;
+  typename Rules<T>::Function* rules;    // four for each layer
+  bool loaded;                           // a theta that tasks share is at theta_at(0) already, and transposed
 
-  static bool adapts(Mode m) { return m == kAdapt || m == kMeta; }
   static bool recurs(Mode m) { return m == kAdjoint || m == kMeta; }
   static bool differentiates_twice(const Call<T>& c) {
     return (recurs(c.mode) && !c.first_order) || c.mode == kPullTangent || c.mode == kScoreTangent;
@@ -174,6 +72,7 @@ struct Task {
   bool many_gradients() const { return call.to_rates && kept_frames; }
   T* theta_at(int64_t k) const { return theta + (many_thetas() ? k : k % 2) * net.adapted; }
   T* gradient_at(int64_t k) const { return gradients + (many_gradients() ? k : 0) * net.adapted; }
+  T* transposed_at(int64_t k) const { return transposed + (kept_frames ? k : 0) * net.transposed; }
   const Frame<T>& frame_at(int64_t k) const { return frames[kept_frames ? k : 0]; }
 
   Frame<T> frame(Bump& m, int64_t samples) const {
@@ -201,10 +100,11 @@ struct Task {
     lambda = m.take<T>(net.adapted);
     direction = m.take<T>(net.adapted);
     hessian = m.take<T>(net.adapted);
-    transposed = m.take<T>(net.transposed);
+    transposed = m.take<T>(net.transposed * larger<int64_t>(1, kept_frames));
     transposed_direction = m.take<T>(net.transposed);
     rates = m.take<T>(call.per_parameter ? call.rate_rows * net.adapted : 0);
     kept = m.take<int64_t>(larger(support, asked));
+    rules = m.take<typename Rules<T>::Function>(4 * net.layers);
   }
 
   // What does not change from task to task.
@@ -213,6 +113,8 @@ struct Task {
     if (call.per_parameter)
       for (int64_t r = 0; r < call.rate_rows; r++)
         to_engine<T>(net, false, call.rates + r * net.parameters, rates + r * net.adapted);
+    for (int i = 0; i < 4 * net.layers; i++) rules[i] = Rules<T>::function(net.layer[i / 4], i % 4);
+    loaded = false;
     class_weight = net.loss.class_weight < 0 ? nullptr : constants + net.slot[net.loss.class_weight].at;
   }
 
@@ -225,7 +127,7 @@ struct Task {
   void rule(int which, int layer, const Context<T>& c) const {
     const Layer& l = net.layer[layer];
     if (!net.has_tangent[l.out] && which != kForward) return;  // nothing adapted before it: neither tangent nor gradient
-    timed(layer, which, [&] { Rules<T>::function(l, which)(c, l); });
+    timed(layer, which, [&] { rules[4 * layer + which](c, l); });
   }
   void transpose(const Parameters<T>& p, T* to) const {
     timed(kTransposing, kForward, [&] { transpose_filters<T>(net, p, to); });
@@ -240,8 +142,8 @@ struct Task {
       for (int i = net.layers; i-- > 0;) rule(which, i, c);
   }
 
-  Context<T> context(const Frame<T>& f, const T* parameters, T* to) const {
-    Context<T> c{net, crew, f, tangent, {parameters, constants, transposed}, {direction, nullptr, transposed_direction}, to};
+  Context<T> context(const Frame<T>& f, const T* parameters, const T* flipped, const T* along, T* to) const {
+    Context<T> c{net, crew, f, tangent, {parameters, constants, flipped}, {along, nullptr, transposed_direction}, to};
     c.t.samples = f.samples, c.t.count = f.count;
     return c;
   }
@@ -322,9 +224,10 @@ struct Task {
     for (int64_t i = 0; i < net.parameters; i++) to[t * net.parameters + i] = from[i];
   }
 
-  void gradient_of_step(const Frame<T>& f, const T* parameters, T* to, int64_t t, bool compact) const {
-    const Context<T> c = context(f, parameters, to);
-    transpose(c.p, transposed);
+  void gradient_of_step(int64_t k, int64_t t, bool compact) const {
+    const Frame<T>& f = frame_at(k);
+    const Context<T> c = context(f, theta_at(k), transposed_at(k), nullptr, gradient_at(k));
+    if (!(loaded && k == 0 && kept_frames)) transpose(c.p, transposed_at(k));
     all(kForward, c);
     Data<T> silent = call.support;
     silent.to_y = silent.to_weight = nullptr;
@@ -343,10 +246,8 @@ struct Task {
       for (int64_t i = 0; i < x.image * frames[0].count; i++) to[i] = from[i];
     }
     for (int64_t k = 0; k < call.steps; k++) {
-      T* g = gradient_at(k);
-      gradient_of_step(frame_at(k), theta_at(k), g, t, compact);
-      update(theta_at(k + 1), theta_at(k), g, call.per_parameter ? T(-1) : -rate(k),
-                            rate_row(k));
+      gradient_of_step(k, t, compact);
+      update(theta_at(k + 1), theta_at(k), gradient_at(k), call.per_parameter ? T(-1) : -rate(k), rate_row(k));
       if (call.mode != kAdapt) continue;
       copy_theta(call.to_trajectory[k], t);
       from_engine<T>(net, theta_at(k + 1), call.to_trajectory[k] + t * net.parameters);
@@ -365,10 +266,9 @@ struct Task {
     for (int64_t k = call.steps; k-- > 0;) {
       if (call.mode == kAdjoint) add_cotangent(k, t);
       const bool anew = !kept_frames && (!call.first_order || call.to_rates);
-      Frame<T> f = frame_at(k);
-      T* g = gradient_at(k);
-      if (anew)
-        gradient_of_step(f, theta_at(k), g, t, compact);
+      const Frame<T>& f = frame_at(k);
+      const T* g = gradient_at(k);
+      if (anew) gradient_of_step(k, t, compact);
       const int64_t row = call.rate_rows > 1 ? k : 0;
       if (to_rate) to_rate[row] -= dot<T>(net, lambda, g);
       if (to_rate_rows) {
@@ -376,16 +276,18 @@ struct Task {
         for (int64_t i = 0; i < net.adapted; i++) sum[i] -= lambda[i] * g[i];
       }
       if (call.first_order) continue;
-      update(direction, nullptr, lambda, call.per_parameter ? T(1) : rate(k), rate_row(k));
-      const Context<T> c = context(f, theta_at(k), hessian);
-      if (!anew) transpose(c.p, transposed);
+      // lambda -= H (rates * lambda); a single rate is taken out of the product.
+      const T scale = call.per_parameter ? T(-1) : -rate(k);
+      if (call.per_parameter) update(direction, nullptr, lambda, T(1), rate_row(k));
+      const T* along = call.per_parameter ? direction : lambda;
+      const Context<T> c = context(f, theta_at(k), transposed_at(k), along, hessian);
       tangent_pass(c);
-      loss<Dual>(f, call.support, t, compact, -1);
+      loss<Dual>(f, call.support, t, compact, scale);
       all(kTangentBackward, c);
-      update(lambda, lambda, hessian, T(-1), nullptr);
+      update(lambda, lambda, hessian, scale, nullptr);
       if (net.input_active)
         give_back(net.value[0], c.t.gradient(net.value[0]) - net.value[0].origin, call.support.to_x, t, call.support,
-                  f, compact, T(-1));
+                  f, compact, scale);
     }
   }
 
@@ -418,7 +320,7 @@ struct Task {
   void set_input_tangent(const Frame<T>& f, int64_t t, bool compact) const {
     if (!net.input_active) return;
     const Value& v = net.value[0];
-    T* to = context(f, theta, nullptr).t.value(v) - v.origin;
+    T* to = context(f, theta, nullptr, nullptr, nullptr).t.value(v) - v.origin;
     if (call.query.x_t)
       exchange<true>(v, to, call.query.x_t, nullptr, t, call.query.samples, compact, f.count, 1);
     else
@@ -428,7 +330,7 @@ struct Task {
   // The whole call for task t. `sum` collects lambda_0 over tasks where the call reduces.
   void run(int64_t t, T* sum, double* to_rate, T* to_rate_rows) {
     const Value &x = net.value[0], &y = last();
-    load_theta(theta_at(0), call.theta, t, call.shared);
+    if (!loaded) load_theta(theta_at(0), call.theta, t, call.shared);
     const T* scored = theta_at(0);
     if (call.mode == kAdapt) {
       adapt(t);
@@ -448,8 +350,11 @@ struct Task {
       scored = theta_at(call.steps);
     }
     const bool compact = load_samples(query, call.query, t);
-    Context<T> c = context(query, scored, call.mode == kMeta ? lambda : gradients);
-    transpose(c.p, transposed);
+    // The query's transposed filters take the place of the direction's, which come later.
+    T* flipped = call.mode == kMeta ? transposed_direction : transposed;
+    Context<T> c = context(query, scored, flipped, direction, call.mode == kMeta ? lambda : gradients);
+    const bool forward_only = call.mode == kPredict || (call.mode == kScore && !call.to_theta && !call.query.to_x);
+    if (!forward_only) transpose(c.p, flipped);
     all(kForward, c);
     switch (call.mode) {
       case kPredict:
@@ -467,7 +372,7 @@ struct Task {
         if (call.loss) call.loss[t] = T(value);
       }
     }
-    if (call.mode == kScore && !call.to_theta && !call.query.to_x) return;
+    if (forward_only) return;
     all(kBackward, c);
     if (call.mode == kPullTangent || call.mode == kScoreTangent) {
       set_direction(t);
@@ -536,8 +441,11 @@ struct Work {
     T* sums = theta_sums + g * extent;
     double* to_rate = numbers ? rate_sums + g * numbers : nullptr;
     T* rows = call.to_rates && call.per_parameter ? sums + (call.reduce ? call.net->adapted : 0) : nullptr;
-    for (int64_t t = call.tasks * g / groups; t < call.tasks * (g + 1) / groups; t++)
+    for (int64_t t = call.tasks * g / groups; t < call.tasks * (g + 1) / groups; t++) {
       task.run(t, call.reduce ? sums : nullptr, to_rate, rows);
+      // Two vectors that take turns do not keep it.
+      task.loaded = call.shared && (task.many_thetas() || call.steps < 2);
+    }
   }
 
   static void some(void* context, int64_t begin, int64_t end) {
