@@ -129,6 +129,7 @@ struct Request {
       engine.run_float(call, machine);
     else
       engine.run_double(call, machine);
+    if (machine.record) e::settle_profile(*net, call.tasks, call.support.samples, call.query.samples);
   }
 };
 
@@ -329,17 +330,18 @@ int64_t vector_bytes() { return e::engine_for_this_machine().vector_bytes; }
 
 void record(bool on) { e::record_profile(on); }
 
-// What was recorded: [entries, (layer, rule, seconds)].
+// What was recorded: [entries, (kind of layer or work beside layers, rule, seconds, multiply-adds)].
 Tensor recorded(Tensor like) {
   STD_TORCH_CHECK(like.is_cpu() && like.scalar_type() == ScalarType::Double, "like: expected float64 on the CPU");
   const e::Profile* entries;
   const int64_t count = e::profile_entries(&entries);
-  const Tensor result = torch::stable::new_empty(like, {count, 3});
+  const Tensor result = torch::stable::new_empty(like, {count, 4});
   double* to = result.mutable_data_ptr<double>();
   for (int64_t i = 0; i < count; i++) {
-    to[3 * i] = entries[i].layer;
-    to[3 * i + 1] = entries[i].rule;
-    to[3 * i + 2] = entries[i].seconds;
+    to[4 * i] = entries[i].kind;
+    to[4 * i + 1] = entries[i].rule;
+    to[4 * i + 2] = entries[i].seconds;
+    to[4 * i + 3] = entries[i].multiply_adds;
   }
   return result;
 }

@@ -85,11 +85,15 @@ const Engine& engine_for_this_machine();
 Machine this_machine(int threads, void (*split)(int64_t, int64_t, void*, void (*)(void*, int64_t, int64_t)));
 
 struct Profile {
-  int layer, rule;
+  int layer, rule;       // the layer below 0: work beside layers (task.h)
   double seconds;
+  int kind;              // of the layer; below 0 as above
+  double multiply_adds;  // what the rule needs, over all samples of the pass; 0 where it is no product
 };
-// While it records, every call is noted by layer and rule. Returns what was recorded before.
+// While it records, every rule of every layer is noted; turning it on drops what was recorded before.
 void record_profile(bool on);
+// At the end of a call: sets kind and multiply-adds of what it recorded.
+void settle_profile(const Network& net, int64_t tasks, int64_t support, int64_t query);
 int64_t profile_entries(const Profile** entries);
 
 }  // namespace maml_ext::engine

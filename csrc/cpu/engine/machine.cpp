@@ -57,12 +57,23 @@ void give(void* at) {
 }
 
 std::vector<Profile> profile;
+size_t settled = 0;  // of its entries
 bool recording = false;
 
 void record(int layer, int rule, double seconds) {
   const std::lock_guard<std::mutex> lock(mutex);
-  profile.push_back({layer, rule, seconds});
+  profile.push_back({layer, rule, seconds, layer, 0.0});
 }
+
+// Multiply-adds of a rule for one sample, by the products that contract.h lists.
+double needed(const Network& net, const Layer& l, int rule) {
+  if (l.kind != kContract) return 0;
+  const Slot& weight = net.slot[l.weight];
+  const int from_input = net.needs_gradient[l.in], from_weight = !weight.fixed, both = from_input + from_weight;
+  const int products[] = {1, both, both, both + 2 * from_input * from_weight};
+  return double(products[rule]) * l.forward->count * l.forward->taps * weight.inputs / weight.groups * weight.outputs;
+}
+
 double seconds_now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -96,7 +107,22 @@ Machine this_machine(int threads, void (*split)(int64_t, int64_t, void*, void (*
 void record_profile(bool on) {
   const std::lock_guard<std::mutex> lock(mutex);
   recording = on;
-  if (on) profile.clear();
+  if (on) profile.clear(), settled = 0;
+}
+
+void settle_profile(const Network& net, int64_t tasks, int64_t support, int64_t query) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  // Of the passes forward and backward over a layer, each task has one over the query set; all others are over the
+  // support set, where there is one.
+  std::vector<int64_t> asked(2 * net.layers, query ? tasks : 0);
+  for (; settled < profile.size(); settled++) {
+    Profile& p = profile[settled];
+    if (p.layer < 0 || p.layer >= net.layers) continue;
+    const Layer& l = net.layer[p.layer];
+    const bool of_query = !support || (p.rule < 2 && asked[2 * p.layer + p.rule]-- > 0);
+    p.kind = l.kind;
+    p.multiply_adds = needed(net, l, p.rule) * double(of_query ? query : support);
+  }
 }
 
 int64_t profile_entries(const Profile** entries) {
