@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from . import isolated, machine, measure, profile, report, sweep
+from . import demo, isolated, layers, machine, measure, profile, report, sweep
 from .contestants import BASELINE, CONTESTANTS, Contestant
 from .measure import Row
-from .peak import Peak
+from .peak import BLOCK, QUICK_BLOCK, Peak
 from .workloads import TINY, WORKLOADS, Workload, gflop
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,9 +38,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--contestants", help=f"comma-separated, of {', '.join(CONTESTANTS)}; default: all")
     parser.add_argument("--rounds", type=int, help="rounds of timing at most; default 9, or 3 with --quick")
     parser.add_argument(
-        "--seconds", type=float, help="seconds of timing a workload; default 40, or 0.3 with --quick"
+        "--seconds",
+        type=float,
+        help="seconds of timing a workload, or all of --sweep, --layers, --demo; default 40, or 0.3 with --quick",
     )
-    parser.add_argument("--threads", type=int, help="threads (and cores); default: all, or 1 with --quick")
+    parser.add_argument("--threads", type=int, help="threads (and cores); default: all, or 1 with --quick or --demo")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float64"),
@@ -57,16 +59,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--quick", action="store_true", help="tiny workloads, no torch.compile, seconds: a trial run"
     )
     parser.add_argument(
-        "--output", help="where to write NAME.json and NAME.png; default: benchmarks/results/DATE (or MACHINE-sweep)"
+        "--output",
+        help="where to write NAME.json and NAME.png; default: benchmarks/results/DATE (MACHINE-sweep, MACHINE-layers)",
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--sweep", action="store_true", help="instead: cost against tasks, steps, width and threads"
     )
-    instead.add_argument("--profile", metavar="WORKLOAD", help="instead: time by layer and phase of the engine")
+    instead.add_argument(
+        "--profile", metavar="WORKLOAD", choices=known, help="instead: time by kind of layer in the engine, 1 thread"
+    )
+    instead.add_argument(
+        "--layers", action="store_true", help="instead: the engine's layers against torch's own operators"
+    )
+    instead.add_argument(
+        "--demo", action="store_true", help="instead: the demo's training on the engine and on the reference"
+    )
     options = parser.parse_args(arguments)
-    if options.profile:
-        (options.profile,) = _choice(options.profile, known, "--profile")[:1]
     if options.workloads is None:
         options.workloads = ",".join(TINY if options.quick else WORKLOADS)
     options.workloads = _choice(options.workloads, known, "--workloads")
@@ -77,7 +86,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.contestants = [name for name in CONTESTANTS if name in (BASELINE, *chosen)]
     # A trial run may share the machine, where a second thread that waits spinning can cost a hundredfold.
     cores = machine.available_cores()
-    usual = {"rounds": 9, "seconds": 40.0, "threads": cores}
+    usual = {"rounds": 9, "seconds": 40.0, "threads": 1 if options.demo else cores}
     if options.quick:
         usual = {"rounds": 3, "seconds": 0.3, "threads": 1}
     for name in ("rounds", "threads", "seconds"):
@@ -111,10 +120,10 @@ def _prepare(contestant: Contestant, workload: Workload, options: argparse.Names
     return row
 
 
-def run_workload(workload: Workload, options: argparse.Namespace, peak: Peak) -> tuple[list[Row], float]:
+def run_workload(workload: Workload, options: argparse.Namespace, peak: Peak) -> tuple[list[Row], list[float]]:
     """All contestants on one workload: check the gradients, time in turn, measure first calls and memory.
 
-    Returns their rows and the machine's peak in GFLOP/s, the best of before and after the rounds.
+    Returns their rows and the machine's multiply-adds, in GFLOP/s: a few blocks from each round.
     """
     dtype = getattr(torch, options.dtype)
     truth = measure.reference(workload)
@@ -128,12 +137,12 @@ def run_workload(workload: Workload, options: argparse.Namespace, peak: Peak) ->
             if call is not None:
                 entries.append((row, call))
         rows.append(row)
-    block = 0.01 if options.quick else 0.05
-    before = peak.measure(block)
-    measure.interleave(entries, options.rounds, options.seconds)
-    highest = max(before, peak.measure(block))
+    earlier = len(peak.blocks)
+    block = QUICK_BLOCK if options.quick else BLOCK
+    measure.interleave(entries, options.rounds, options.seconds, between=lambda: peak.measure(block))
+    blocks = peak.blocks[earlier:]
     for row, _ in entries:
-        row.share = 1e3 * gflop(workload) / row.median_ms / highest
+        row.share = 1e3 * gflop(workload) / row.median_ms / max(blocks)
         if CONTESTANTS[row.contestant].is_ours:
             try:
                 row.first_call_ms = isolated.first_call(
@@ -149,7 +158,7 @@ def run_workload(workload: Workload, options: argparse.Namespace, peak: Peak) ->
                 )
             except (isolated.NoAnswer, RuntimeError) as error:
                 row.note = f"{row.note} (memory: {error})".strip()
-    return rows, highest
+    return rows, blocks
 
 
 def _meta(options: argparse.Namespace, arguments: list[str], busy: float) -> dict:
@@ -181,10 +190,16 @@ def main(arguments: list[str]) -> int:
             print("wait until it is quiet, or give --allow-busy")
             return 2
     if options.profile:
+        machine.use_threads(1)
         workload = {**WORKLOADS, **TINY}[options.profile]
         return profile.run(workload, getattr(torch, options.dtype), options.quick)
     machine.use_threads(options.threads)
     meta = _meta(options, arguments, busy)
+    if options.demo:
+        return demo.run(options.rounds, options.seconds, options.quick)
+    if options.layers:
+        stem = Path(options.output) if options.output else RESULTS / f"{machine.nickname()}-layers"
+        return layers.run(meta, stem, options.rounds, options.seconds, options.quick)
     if options.sweep:
         stem = Path(options.output) if options.output else RESULTS / f"{machine.nickname()}-sweep"
         return sweep.run(meta, stem, options.rounds, options.seconds, options.quick)
@@ -193,13 +208,13 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty: compilations are timed cold, then reused
         for workload in (({**WORKLOADS, **TINY})[name] for name in options.workloads):
-            rows, highest = run_workload(workload, options, peak)
-            results[workload.name], peaks[workload.name] = (workload, rows), highest
-            said = f"peak {highest:.4g} GFLOP/s ({peak.source})"
+            rows, blocks = run_workload(workload, options, peak)
+            results[workload.name], peaks[workload.name] = (workload, rows), blocks
             warning = report.spread_warning(rows, SPREAD_LIMIT)
+            said = report.peak_line(blocks, peak.source)
             print(report.table(workload, rows, said), warning, sep="\n", flush=True)
     stem = Path(options.output) if options.output else RESULTS / datetime.now().strftime("%Y-%m-%d-%H%M")
-    meta["peak"] = {"source": peak.source, "gflop_per_s": round(peak.best, 1)}
+    meta["peak"] = {"source": peak.source, "gflop_per_s": round(max(peak.blocks), 1)}
     report.write_json(stem.with_name(stem.name + ".json"), meta, results, peaks)
     report.picture(stem.with_name(stem.name + ".png"), meta, results)
     print(f"wrote {stem.name}.json and {stem.name}.png")

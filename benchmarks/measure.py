@@ -120,7 +120,7 @@ def check(
     return row, call
 
 
-def _time_block(call: Callable[[], Gradient], repeats: int) -> float:
+def _time_block(call: Callable[[], object], repeats: int) -> float:
     """Seconds a call, over `repeats` calls."""
     start = time.perf_counter()
     for _ in range(repeats):
@@ -128,13 +128,19 @@ def _time_block(call: Callable[[], Gradient], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def interleave(entries: list[tuple[Row, Callable[[], Gradient]]], rounds: int, seconds: float) -> None:
+def interleave(
+    entries: list[tuple[Row, Callable[[], object]]],
+    rounds: int,
+    seconds: float,
+    between: Callable[[], object] = lambda: None,
+) -> None:
     """Time all contestants of a workload in turn, `rounds` times or for `seconds`, whichever ends first.
 
     A round times each one once, repeating short calls so that each gets its share of the seconds; where calls
     are long there are fewer rounds, but at least three (if that many were asked for). Each round starts with
-    another contestant, so that none always follows the same one. Fills in `rounds_ms`, and `ratio`: the
-    median over rounds of plain's time over the contestant's in the same round (where plain takes part).
+    another contestant, so that none always follows the same one, after a call of `between`. Fills in `rounds_ms`,
+    and `ratio`: the median over rounds of plain's time over the contestant's in the same round (where plain takes
+    part).
     """
     share = seconds / (rounds * len(entries))
     once = [_time_block(call, 1) for _, call in entries]
@@ -142,12 +148,14 @@ def interleave(entries: list[tuple[Row, Callable[[], Gradient]]], rounds: int, s
     for number in range(rounds):
         if number >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
             break
+        between()
         for index in _rotated(range(len(entries)), number):
             row, call = entries[index]
             gc.collect()  # nobody pays for another's garbage
             if once[index] < WARM_UP_BELOW:
                 once[index] = _time_block(call, 1)
             row.rounds_ms.append(1e3 * _time_block(call, max(1, int(share / once[index]))))
+    between()
     baseline = next((row for row, _ in entries if row.contestant == BASELINE), None)
     for row, _ in entries if baseline else ():
         row.ratio = statistics.median(b / own for b, own in zip(baseline.rounds_ms, row.rounds_ms))

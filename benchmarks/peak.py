@@ -1,4 +1,8 @@
-"""The machine's peak: multiply-adds that wait for nothing, on all threads, timed in the same run as the rows."""
+"""The machine's peak: multiply-adds that wait for nothing, on all threads, timed between the rounds of a run.
+
+The best block counts, so a share of the peak errs to the low side: where others or a lower clock slow the rows down,
+the peak stays that of the undisturbed block. `blocks` keeps them all, which shows how steady the machine was.
+"""
 
 import ctypes
 import os
@@ -45,6 +49,7 @@ extern "C" double turns(long n, double factor, double term) {
 """
 NATIVE = ("-march=native", "-mcpu=native")  # whichever the compiler knows
 MATRIX = 1024
+BLOCK, QUICK_BLOCK = 0.05, 0.005  # seconds
 
 
 def _compile(real: str, compiler: str) -> ctypes.CDLL | None:
@@ -64,10 +69,10 @@ def _compile(real: str, compiler: str) -> ctypes.CDLL | None:
 
 
 class Peak:
-    """The highest rate of multiply-adds seen in `dtype` on `threads` threads.
+    """Rates of multiply-adds in `dtype`: `blocks`, in GFLOP/s.
 
-    `source` says what was timed: a loop of fused multiply-adds compiled here, or matrix products where there is
-    no compiler. `compiler`: its command; "" for none.
+    `source` says what is timed: a loop of fused multiply-adds compiled here, on `threads` threads, or matrix
+    products on torch's threads where there is no compiler. `compiler`: its command; "" for none.
     """
 
     def __init__(self, threads: int, dtype: torch.dtype, compiler: str | None = None):
@@ -78,19 +83,20 @@ class Peak:
         real = {torch.float32: "float", torch.float64: "double"}[dtype]
         self._library = _compile(real, compiler) if compiler else None
         self.source = "compiled FMA loop" if self._library else "torch.mm, no compiler"
-        self.best = 0.0
+        self.blocks: list[float] = []
+        self._amount_a_second = 0.0
 
-    def measure(self, seconds: float, repeats: int = 8) -> float:
-        """GFLOP/s: the best of `repeats` blocks of about `seconds` each."""
+    def measure(self, seconds: float, repeats: int = 2) -> None:
+        """Time `repeats` further blocks of about `seconds` each."""
         block = self._loop if self._library else self._product
-        amount, took = 1, 0.0
-        while took < seconds / 4:
-            amount *= 2
-            _, took = block(amount)
-        amount = max(1, int(amount * seconds / took))
-        rates = [flop / took for flop, took in (block(amount) for _ in range(repeats))]
-        self.best = max(self.best, 1e-9 * max(rates))
-        return 1e-9 * max(rates)
+        if not self._amount_a_second:
+            amount, took = 1, 0.0
+            while took < seconds / 4:
+                amount *= 2
+                _, took = block(amount)
+            self._amount_a_second = amount / took
+        amount = max(1, int(self._amount_a_second * seconds))
+        self.blocks += [1e-9 * flop / took for flop, took in (block(amount) for _ in range(repeats))]
 
     def _loop(self, amount: int) -> tuple[float, float]:
         """(floating-point operations, seconds) of the loop in every thread; ctypes releases the GIL."""

@@ -1,68 +1,80 @@
 """Where the compiled engine spends its time: `python -m benchmarks --profile WORKLOAD`."""
 
 import time
-from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 
-from . import machine
+from maml_ext.ops import engine, library
+
 from .contestants import CONTESTANTS
-from .peak import Peak
-from .workloads import Workload, make_problem
+from .peak import BLOCK, QUICK_BLOCK, Peak
+from .report import aligned, peak_line, percent
+from .workloads import Workload, gflop, make_problem
 
-HEADINGS = ("layer", "phase", "ms", "share", "GFLOP/s", "of peak")
-
-
-def recorder():
-    """`maml_ext.ops.engine.profile`: calls a function, returns (layer, phase, seconds, multiply-adds) rows."""
-    try:
-        from maml_ext.ops import engine
-    except ImportError as error:
-        raise SystemExit(f"--profile: there is no compiled engine ({error})") from None
-    if not hasattr(engine, "profile"):
-        raise SystemExit("--profile: this maml_ext does not record profiles (maml_ext.ops.engine.profile)")
-    return engine.profile
+HEADINGS = ("work", "rule", "ms", "of the time", "GFLOP", "GFLOP/s", "of peak")
+SURROUNDINGS = "around it"
+MOST_CALLS = 100
 
 
-def table(rows: list[tuple[str, str, float, float]], peak: float) -> str:
-    """Rows of the same layer and phase added up, the longest first; `peak` in GFLOP/s."""
-    sums = defaultdict(lambda: [0.0, 0.0])
-    for layer, phase, seconds, multiply_adds in rows:
-        sums[layer, phase][0] += seconds
-        sums[layer, phase][1] += multiply_adds
-    total, work = (sum(entry[i] for entry in sums.values()) for i in (0, 1))
-    ordered = sorted(sums.items(), key=lambda item: -item[1][0])
+def need_engine(option: str) -> None:
+    """Ends the program where there is no compiled engine."""
+    if library.ABSENT:
+        raise SystemExit(f"{option}: there is no compiled engine: {library.ABSENT}")
+
+
+def recorded(call: Callable[[], object]) -> tuple[list[tuple[str, str, float, float]], float]:
+    """The rows of one call (see `maml_ext.ops.engine.profile`), and the seconds it took while it was recorded."""
+    times = []
+
+    def timed() -> None:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+
+    return engine.profile(timed), times[0]
+
+
+def table(rows: list[tuple[str, str, float, float]], took: float, peak: float) -> str:
+    """Rows of (work, rule, seconds, multiply-adds), the longest first; `took` seconds in all, `peak` in GFLOP/s.
+
+    What the rows leave of `took` is a row of its own: Python, and data reordered on the way in and out.
+    """
+    inside, work = sum(row[2] for row in rows), sum(row[3] for row in rows)
+    ordered = sorted(rows, key=lambda row: -row[2])
+    rest = (SURROUNDINGS, "", max(0.0, took - inside), 0.0)
     cells = [HEADINGS]
-    for (layer, phase), (seconds, multiply_adds) in [*ordered, (("total", ""), (total, work))]:
-        rate = 2e-9 * multiply_adds / seconds if seconds else 0.0
-        share = seconds / total if total else 0.0
-        done = (f"{rate:#.3g}", f"{rate / peak:.1%}") if multiply_adds else ("-", "-")
-        cells.append((layer, phase, f"{1e3 * seconds:#.3g}", f"{share:.1%}", *done))
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join(
-        "  " + "  ".join(text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths)))
-        for line in cells
-    )
+    for kind, rule, seconds, multiply_adds in [*ordered, rest, ("total", "", took, work)]:
+        rate = 2e-9 * multiply_adds / seconds if multiply_adds else 0.0
+        done = (f"{2e-9 * multiply_adds:#.3g}", f"{rate:#.3g}", percent(rate / peak)) if rate else ("-", "-", "-")
+        cells.append((kind, rule, f"{1e3 * seconds:#.3g}", percent(seconds / took), *done))
+    return aligned(cells, left=2)
 
 
 def run(workload: Workload, dtype: torch.dtype, quick: bool) -> int:
-    """Profile one meta-gradient on one thread, where the rows' seconds are the call's, and print the table."""
-    profile = recorder()
-    machine.use_threads(1)
+    """Profile meta-gradients on one thread, where the rows' seconds are the call's, and print the means."""
+    need_engine("--profile")
     call = CONTESTANTS["maml_ext-compiled"].build(make_problem(workload, dtype))
-    try:
+    call()
+    peak, block = Peak(1, dtype), QUICK_BLOCK if quick else BLOCK
+    silent, recording, rows = 0.0, 0.0, {}
+    calls = 0
+    while calls < MOST_CALLS and (calls < 3 or silent < 4 * block):
+        if calls % 10 == 0 or silent > calls * block:
+            peak.measure(block)
+        start = time.perf_counter()
         call()
-    except ValueError as error:
-        raise SystemExit(f"--profile {workload.name}: {error}") from None
-    call()
-    peak, seconds = Peak(1, dtype), 0.01 if quick else 0.05
-    peak.measure(seconds)
-    rows = profile(call)
-    start = time.perf_counter()
-    call()
-    took = time.perf_counter() - start
-    peak.measure(seconds)
-    print(f"{workload.name}, 1 thread: {1e3 * took:#.3g} ms a meta-gradient when nothing is recorded;")
-    print(f"peak {peak.best:.4g} GFLOP/s ({peak.source})")
-    print(table(rows, peak.best))
+        silent += time.perf_counter() - start
+        found, took = recorded(call)
+        recording += took
+        for kind, rule, seconds, multiply_adds in found:
+            total = rows.setdefault((kind, rule), [0.0, 0.0])
+            total[0], total[1] = total[0] + seconds, total[1] + multiply_adds
+        calls += 1
+    peak.measure(block)
+    means = [(*key, seconds / calls, work / calls) for key, (seconds, work) in rows.items()]
+    print(f"{workload.name}, 1 thread, mean of {calls}: {1e3 * silent / calls:#.3g} ms a meta-gradient, "
+          f"{1e3 * recording / calls:#.3g} ms while it is recorded; {gflop(workload):.3g} GFLOP needed")  # fmt: skip
+    print(f"  {peak_line(peak.blocks, peak.source)}")
+    print(table(means, recording / calls, max(peak.blocks)))
     return 0

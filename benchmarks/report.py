@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,12 +25,24 @@ def _short(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Two figures of a share."""
-    return f"{_short(100 * share)}%"
+    """Two figures of a share, never an exponent."""
+    value = 100 * share
+    if 0 < value < 0.0995:
+        return f"{value:.{1 - math.floor(math.log10(value))}f}%"
+    return f"{_short(value)}%"
 
 
 def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def aligned(cells: Sequence[Sequence[str]], left: int) -> str:
+    """Lines of cells as text: the first `left` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join(
+        "  " + "  ".join(t.ljust(w) if i < left else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))).rstrip()
+        for line in cells
+    )
 
 
 def _cells(row: Row, work: float) -> list[str]:
@@ -50,10 +63,17 @@ def _cells(row: Row, work: float) -> list[str]:
     ]
 
 
+def peak_line(blocks: list[float], source: str) -> str:
+    """What the machine can do, in words, from GFLOP/s of the blocks beside the rows."""
+    lower = 1 - statistics.median(blocks) / max(blocks)
+    text = f"peak {max(blocks):.4g} GFLOP/s ({source}, best of {len(blocks)} blocks, their median {lower:.0%} lower)"
+    return text + (": shares of it are too low, the machine was not quiet" if lower > 0.1 else "")
+
+
 def table(workload: Workload, rows: list[Row], peak: str = "") -> str:
     """The block of the table for one workload; a contestant without a time has its reason instead.
 
-    `peak` says what the machine can do, in words.
+    `peak`: a `peak_line`.
     """
     work = gflop(workload)
     samples = f"({workload.support}, {workload.query})"
@@ -62,27 +82,23 @@ def table(workload: Workload, rows: list[Row], peak: str = "") -> str:
     if peak:
         lines.append(f"  {peak}")
     cells = [_cells(row, work) for row in rows]
-    widths = [max(map(len, column)) for column in zip(HEADINGS, *cells)]
-
-    def join(texts: tuple[str, ...] | list[str]) -> str:
-        padded = [text.rjust(width) for text, width in zip(texts, widths)]
-        return "  " + "  ".join([texts[0].ljust(widths[0]), *padded[1:]])
-
-    lines.append(join(HEADINGS))
-    for row, texts in zip(rows, cells):
+    heading, *texts = aligned([HEADINGS, *cells], left=1).split("\n")
+    lines.append(heading)
+    longest = max(len(text) for text in (HEADINGS[0], *(row.contestant for row in rows)))
+    for row, text in zip(rows, texts):
         if row.median_ms is None:
-            lines.append(f"  {row.contestant.ljust(widths[0])}  {row.note}")
+            lines.append(f"  {row.contestant.ljust(longest)}  {row.note}")
         else:
-            lines.append(join(texts) + (f"  {row.note}" if row.note else ""))
+            lines.append(text + (f"  {row.note}" if row.note else ""))
     return "\n".join(lines)
 
 
 def write_json(
-    path: Path, meta: dict, results: dict[str, tuple[Workload, list[Row]]], peaks: dict[str, float]
+    path: Path, meta: dict, results: dict[str, tuple[Workload, list[Row]]], peaks: dict[str, list[float]]
 ) -> None:
     """Everything measured, with each round's time, so that other figures can be computed later.
 
-    `peaks`: GFLOP/s of the machine beside each workload.
+    `peaks`: GFLOP/s of the blocks of multiply-adds beside each workload.
     """
     workloads = {}
     for name, (workload, rows) in results.items():
@@ -94,22 +110,21 @@ def write_json(
         workloads[name] = {
             "gflop_needed": gflop(workload),
             "gflop_convention": gflop(workload, needed=False),
-            "peak_gflop_per_s": round(peaks[name], 1),
+            "peak_gflop_per_s": round(max(peaks[name]), 1),
+            "peak_blocks_gflop_per_s": [round(block, 1) for block in peaks[name]],
             "contestants": contestants,
         }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"meta": meta, "workloads": workloads}, indent=1) + "\n")
 
 
-def rounded(entry: dict) -> dict:
-    """Six digits are more than a timing has; an infinite error is not JSON."""
-
-    def digits(value):
-        if isinstance(value, float):
-            return float(f"{value:.6g}") if abs(value) != float("inf") else str(value)
-        return [digits(item) for item in value] if isinstance(value, list) else value
-
-    return {key: digits(value) for key, value in entry.items()}
+def rounded(value):
+    """Six digits of every number, which are more than a timing has; an infinite error is not JSON."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if abs(value) != float("inf") else str(value)
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def _fastest(rows: list[Row]) -> dict[str, Row]:
@@ -152,7 +167,7 @@ def picture(path: Path, meta: dict, results: dict[str, tuple[Workload, list[Row]
     }
     least = min((share for group in shares.values() for share in group.values()), default=1.0)
     bottom = 10.0 ** math.floor(math.log10(least))
-    _bars(axes[1, 0], shares, families, colour, bottom=bottom, form=lambda share: f"{_short(share)}%")
+    _bars(axes[1, 0], shares, families, colour, bottom=bottom, form=lambda share: percent(share / 100))
     axes[1, 0].set_ylabel("% of peak")
     axes[1, 0].set_title(
         f"Operations needed, as a share of the machine's multiply-add peak ({meta['peak']['source']})",

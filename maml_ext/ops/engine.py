@@ -318,13 +318,21 @@ _define(
 
 
 RULES = ("forward", "backward", "tangent forward", "tangent backward")
-_OTHERS = {-1: "transposed filters", -2: "updates of parameters", -3: "loss"}
+# As the engine numbers them: kinds of layers, and below 0 what it does beside them.
+_WORK = {
+    0: "linear, convolution", 1: "norm over a sample", 3: "overlapping pooling", 4: "adaptive pooling", 5: "reshape",
+    6: "sum, product", 7: "softmax", 8: "norm + activation + pooling",
+    -1: "transposed filters", -2: "updates of parameters", -3: "loss",
+}  # fmt: skip
 
 
 def profile(call: Callable[[], object]) -> list[tuple[str, str, float, float]]:
-    """What ``call`` spends in the engine: (layer number or other work, rule, seconds, 0.0), a row each.
+    """What ``call`` spends in the engine: (kind of work, rule, seconds, multiply-adds), a row each.
 
-    Seconds are summed over threads. Recording costs some 50 ns for each rule of each layer.
+    Layers are those the engine runs: norm, activation and pooling may be one. Seconds are summed over threads;
+    recording costs some 50 ns for each rule of each layer, and reordering data is not recorded. Multiply-adds are those
+    of linear layers and convolutions, what is computed twice counts twice; samples of weight 0 count too. Calls on
+    other threads of Python at the same time would be mixed in. Raises NotImplementedError without the compiled engine.
     """
     torch.ops.maml_ext.record(True)
     try:
@@ -332,8 +340,9 @@ def profile(call: Callable[[], object]) -> list[tuple[str, str, float, float]]:
         entries = torch.ops.maml_ext.recorded(torch.zeros((), dtype=torch.float64))
     finally:
         torch.ops.maml_ext.record(False)
-    totals: dict[tuple[str, str], float] = {}
-    for layer, rule, seconds in entries.tolist():
-        key = (_OTHERS.get(int(layer), f"layer {int(layer)}"), RULES[int(rule)])
-        totals[key] = totals.get(key, 0.0) + seconds
-    return [(*key, seconds, 0.0) for key, seconds in totals.items()]
+    totals: dict[tuple[str, str], list[float]] = {}
+    for kind, rule, seconds, multiply_adds in entries.tolist():
+        total = totals.setdefault((_WORK[int(kind)], RULES[int(rule)]), [0.0, 0.0])
+        total[0] += seconds
+        total[1] += multiply_adds
+    return [(*key, *total) for key, total in totals.items()]
