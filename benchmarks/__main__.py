@@ -40,9 +40,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="seconds of timing a workload, or all of --sweep, --layers, --demo; default 40, or 0.3 with --quick",
+        help="seconds of timing a workload, or all of another run; default 40, or 0.3 with --quick",
     )
-    parser.add_argument("--threads", type=int, help="threads (and cores); default: all, or 1 with --quick or --demo")
+    parser.add_argument(
+        "--threads", type=int, help="threads (and cores); default: all, or 1 with --quick or --demo"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "float64"),
@@ -60,14 +62,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--output",
-        help="where to write NAME.json and NAME.png; default: benchmarks/results/DATE (MACHINE-sweep, MACHINE-layers)",
+        help="write NAME.json and NAME.png; default: benchmarks/results/DATE, MACHINE-sweep or -layers",
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--sweep", action="store_true", help="instead: cost against tasks, steps, width and threads"
     )
     instead.add_argument(
-        "--profile", metavar="WORKLOAD", choices=known, help="instead: time by kind of layer in the engine, 1 thread"
+        "--profile",
+        metavar="WORKLOAD",
+        choices=known,
+        help="instead: time by kind of layer in the engine, on one thread",
     )
     instead.add_argument(
         "--layers", action="store_true", help="instead: the engine's layers against torch's own operators"
@@ -120,7 +125,9 @@ def _prepare(contestant: Contestant, workload: Workload, options: argparse.Names
     return row
 
 
-def run_workload(workload: Workload, options: argparse.Namespace, peak: Peak) -> tuple[list[Row], list[float]]:
+def run_workload(
+    workload: Workload, options: argparse.Namespace, peak: Peak
+) -> tuple[list[Row], list[float]]:
     """All contestants on one workload: check the gradients, time in turn, measure first calls and memory.
 
     Returns their rows and the machine's multiply-adds, in GFLOP/s: a few blocks from each round.

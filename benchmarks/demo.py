@@ -5,8 +5,6 @@ from collections.abc import Callable
 
 import torch
 
-from maml_ext.data import Glyphs
-
 from . import measure
 from .measure import Row
 from .profile import need_engine
@@ -14,8 +12,8 @@ from .profile import need_engine
 BACKENDS = ("torch", "compiled")
 
 
-def _iterations(settings, letters: Glyphs, backend: str) -> tuple[Callable[[], object], int]:
-    """The demo's training with this backend, an iteration a call, as `train` runs it; and its tasks an iteration."""
+def _iterations(settings, letters, backend: str) -> tuple[Callable[[], object], int]:
+    """The demo's training with this backend, a call an iteration as in its `train`; tasks an iteration."""
     from examples.demo.training import MetaTraining
 
     training = MetaTraining(settings, letters, seed=0)
@@ -36,6 +34,7 @@ def run(rounds: int, seconds: float, quick: bool) -> int:
     need_engine("--demo")
     try:
         from examples.demo.training import QUICK, Settings
+        from maml_ext.data import Glyphs
     except ImportError as error:
         raise SystemExit(f"--demo: the demo's requirements are not there ({error})") from None
     settings = QUICK if quick else Settings()
@@ -44,7 +43,8 @@ def run(rounds: int, seconds: float, quick: bool) -> int:
     calls = {backend: _iterations(settings, letters, backend) for backend in BACKENDS}
     measure.interleave([(rows[backend], calls[backend][0]) for backend in BACKENDS], rounds, seconds)
     for backend, row in rows.items():
-        print(f"{backend}: {1e3 * calls[backend][1] / row.median_ms:.0f} tasks a second, spread {row.spread:.0%}")
+        rate = 1e3 * calls[backend][1] / row.median_ms
+        print(f"{backend}: {rate:.0f} tasks a second, spread {row.spread:.0%}")
     ratio = statistics.median(a / b for a, b in zip(rows["torch"].rounds_ms, rows["compiled"].rounds_ms))
     threads = torch.get_num_threads()
     print(f"compiled / torch: {ratio:#.3g}, over {len(rows['torch'].rounds_ms)} rounds, threads: {threads}")

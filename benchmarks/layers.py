@@ -20,7 +20,8 @@ from .peak import BLOCK, QUICK_BLOCK, Peak
 from .profile import need_engine, recorded
 from .report import aligned, peak_line, percent, rounded
 
-PASSES = {"forward": 1, "gradient": 3}  # products of each layer: forward alone; forward, and by inputs and weights
+# Products of each layer: forward alone; forward, gradient by inputs, gradient by weights.
+PASSES = {"forward": 1, "gradient": 3}
 HEADINGS = ("layer", "pass", "tasks x samples", "ms", "torch ms", "its way", "ours/torch", "inside",
             "GFLOP/s", "torch's", "of peak", "torch's", "")  # fmt: skip
 PROFILES = 5
@@ -28,7 +29,7 @@ PROFILES = 5
 
 @dataclass(frozen=True)
 class Case:
-    """`depth` equal layers in a row, `tasks` tasks with weights of their own, `samples` samples each."""
+    """`depth` layers in a row; `tasks` tasks with weights of their own, of `samples` samples each."""
 
     name: str
     layer: Callable[[], nn.Module]
@@ -39,11 +40,19 @@ class Case:
 
 
 def _linear(inputs: int, outputs: int, tasks: int, samples: int, depth: int = 1) -> Case:
-    return Case(f"linear {inputs}, {outputs}", lambda: nn.Linear(inputs, outputs), (inputs,), tasks, samples, depth)
+    name = f"linear {inputs}, {outputs}"
+    return Case(name, lambda: nn.Linear(inputs, outputs), (inputs,), tasks, samples, depth)
 
 
 def _conv(
-    inputs: int, outputs: int, side: int, tasks: int, samples: int, depth: int = 1, kernel: int = 3, stride: int = 1
+    inputs: int,
+    outputs: int,
+    side: int,
+    tasks: int,
+    samples: int,
+    depth: int = 1,
+    kernel: int = 3,
+    stride: int = 1,
 ) -> Case:
     name = f"conv {inputs}, {outputs}, {kernel}x{kernel}{f' / {stride}' if stride > 1 else ''}, {side}x{side}"
     layer = lambda: nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2)  # noqa: E731
@@ -92,7 +101,7 @@ QUICK_CASES = [_linear(8, 8, 3, 4, depth=2), _conv(3, 4, 6, 2, 3, stride=2), _bl
 class Way:
     """How to compute a case: `call` returns predictions, or gradients by inputs and then by weights.
 
-    `batched`: each of its tensors is of all tasks, `[T, ...]`; else all those of a task come before the next task's.
+    `batched`: each tensor is of all tasks, `[T, ...]`; else those of a task come before the next task's.
     """
 
     name: str
@@ -151,7 +160,9 @@ class Problem:
         stacked = [self.x, *(part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes))]
         tasks = [[leaf.clone().requires_grad_() for leaf in of_task] for of_task in zip(*stacked)]
         leaves = [leaf for of_task in tasks for leaf in of_task]
-        ways = [self._way("loop", False, which, lambda: [self._layers(*of_task) for of_task in tasks], leaves)]
+        ways = [
+            self._way("loop", False, which, lambda: [self._layers(*of_task) for of_task in tasks], leaves)
+        ]
         if all(isinstance(layer, nn.Linear) for layer in self.layers):
             together = [leaf.clone().requires_grad_() for leaf in stacked]
             ways.append(self._way("baddbmm", True, which, lambda: [self._products(*together)], together))
@@ -199,8 +210,10 @@ def inside(call: Callable[[], object]) -> float:
     return statistics.median(parts)
 
 
-def measure_case(case: Case, which: str, dtype: torch.dtype, rounds: int, seconds: float, between: Callable) -> dict:
-    """Time the engine and torch's ways in turn; what is known of the case, with the fastest of torch's ways."""
+def measure_case(
+    case: Case, which: str, dtype: torch.dtype, rounds: int, seconds: float, between: Callable
+) -> dict:
+    """Time the engine and torch's ways in turn; `torch_way` of the result is the fastest of these."""
     problem = Problem(case, dtype)
     ways = [problem.ours(which), *problem.of_torch(which)]
     rows = [Row(way.name, way.name) for way in ways]
@@ -222,7 +235,8 @@ def table(found: list[dict], peak: float) -> str:
     for entry in found:
         times = entry["ms"]["ours"], entry["ms"][entry["torch_way"]]
         rates = [1e3 * entry["gflop"] / ms for ms in times]
-        wrong = f"  WRONG: off by {entry['error_float64']:.1e}" if entry["error_float64"] > FLOAT64_LIMIT else ""
+        off = entry["error_float64"]
+        wrong = f"WRONG: off by {off:.1e}" if off > FLOAT64_LIMIT else ""
         cells.append((
             entry["layer"] + (f", {entry['depth']} in a row" if entry["depth"] > 1 else ""), entry["pass"],
             f"{entry['tasks']} x {entry['samples']}", *(f"{ms:#.3g}" for ms in times), entry["torch_way"],
@@ -234,7 +248,7 @@ def table(found: list[dict], peak: float) -> str:
 
 
 def run(meta: dict, stem: Path, rounds: int, seconds: float, quick: bool) -> int:
-    """Measure all cases, `seconds` in all; print the table, write the JSON. Returns 1 if the engine was wrong."""
+    """Measure all cases in `seconds`; print the table, write the JSON. Returns 1 if the engine was wrong."""
     need_engine("--layers")
     cases, dtype = QUICK_CASES if quick else CASES, getattr(torch, meta["dtype"])
     peak, block = Peak(meta["threads"], dtype), QUICK_BLOCK if quick else BLOCK

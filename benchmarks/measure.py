@@ -26,10 +26,10 @@ LEAST_ROUNDS = 3
 class Row:
     """What is known of one contestant on one workload.
 
-    `status`: "ok", "wrong" (its gradient), "not installed", "not tried", "refused" (by our engine), "no answer",
-    "failed"; `note` says more. Errors are relative L2 against the float64 plain loop, `error` in the run's dtype and
-    `error_float64` in float64. `share`: of the machine's peak. `first_call_ms`: first call of a new shape
-    beyond the second.
+    `status`: "ok", "wrong" (its gradient), "not installed", "not tried", "refused" (by our engine), "no
+    answer", "failed"; `note` says more. Errors are relative L2 against the float64 plain loop, `error` in the
+    run's dtype and `error_float64` in float64. `share`: of the machine's peak. `first_call_ms`: first call of
+    a new shape beyond the second.
     """
 
     contestant: str
@@ -138,9 +138,9 @@ def interleave(
 
     A round times each one once, repeating short calls so that each gets its share of the seconds; where calls
     are long there are fewer rounds, but at least three (if that many were asked for). Each round starts with
-    another contestant, so that none always follows the same one, after a call of `between`. Fills in `rounds_ms`,
-    and `ratio`: the median over rounds of plain's time over the contestant's in the same round (where plain takes
-    part).
+    another contestant, so that none always follows the same one, after a call of `between`. Fills in
+    `rounds_ms`, and `ratio`: the median over rounds of plain's time over the contestant's in the same round
+    (where plain takes part).
     """
     share = seconds / (rounds * len(entries))
     once = [_time_block(call, 1) for _, call in entries]

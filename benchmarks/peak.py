@@ -1,7 +1,7 @@
 """The machine's peak: multiply-adds that wait for nothing, on all threads, timed between the rounds of a run.
 
-The best block counts, so a share of the peak errs to the low side: where others or a lower clock slow the rows down,
-the peak stays that of the undisturbed block. `blocks` keeps them all, which shows how steady the machine was.
+The best block counts, so a share of the peak errs to the low side: where others or a lower clock slow the
+rows down, the peak stays that of an undisturbed block. `blocks` keeps them all: how steady the machine was.
 """
 
 import ctypes

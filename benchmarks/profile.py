@@ -24,7 +24,7 @@ def need_engine(option: str) -> None:
 
 
 def recorded(call: Callable[[], object]) -> tuple[list[tuple[str, str, float, float]], float]:
-    """The rows of one call (see `maml_ext.ops.engine.profile`), and the seconds it took while it was recorded."""
+    """The rows of one call (see `maml_ext.ops.engine.profile`), and the seconds it took while recorded."""
     times = []
 
     def timed() -> None:
@@ -36,7 +36,7 @@ def recorded(call: Callable[[], object]) -> tuple[list[tuple[str, str, float, fl
 
 
 def table(rows: list[tuple[str, str, float, float]], took: float, peak: float) -> str:
-    """Rows of (work, rule, seconds, multiply-adds), the longest first; `took` seconds in all, `peak` in GFLOP/s.
+    """Rows of (work, rule, seconds, multiply-adds), the longest first; `took` seconds in all; `peak` GFLOP/s.
 
     What the rows leave of `took` is a row of its own: Python, and data reordered on the way in and out.
     """
@@ -45,8 +45,10 @@ def table(rows: list[tuple[str, str, float, float]], took: float, peak: float) -
     rest = (SURROUNDINGS, "", max(0.0, took - inside), 0.0)
     cells = [HEADINGS]
     for kind, rule, seconds, multiply_adds in [*ordered, rest, ("total", "", took, work)]:
-        rate = 2e-9 * multiply_adds / seconds if multiply_adds else 0.0
-        done = (f"{2e-9 * multiply_adds:#.3g}", f"{rate:#.3g}", percent(rate / peak)) if rate else ("-", "-", "-")
+        done = ("-", "-", "-")
+        if multiply_adds:
+            rate = 2e-9 * multiply_adds / seconds
+            done = (f"{2e-9 * multiply_adds:#.3g}", f"{rate:#.3g}", percent(rate / peak))
         cells.append((kind, rule, f"{1e3 * seconds:#.3g}", percent(seconds / took), *done))
     return aligned(cells, left=2)
 
@@ -73,8 +75,8 @@ def run(workload: Workload, dtype: torch.dtype, quick: bool) -> int:
         calls += 1
     peak.measure(block)
     means = [(*key, seconds / calls, work / calls) for key, (seconds, work) in rows.items()]
-    print(f"{workload.name}, 1 thread, mean of {calls}: {1e3 * silent / calls:#.3g} ms a meta-gradient, "
-          f"{1e3 * recording / calls:#.3g} ms while it is recorded; {gflop(workload):.3g} GFLOP needed")  # fmt: skip
+    print(f"{workload.name}, 1 thread, {gflop(workload):.3g} GFLOP needed; mean of {calls} meta-gradients:")
+    print(f"  {1e3 * silent / calls:#.3g} ms, {1e3 * recording / calls:#.3g} ms while recorded")
     print(f"  {peak_line(peak.blocks, peak.source)}")
     print(table(means, recording / calls, max(peak.blocks)))
     return 0

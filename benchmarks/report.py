@@ -11,8 +11,8 @@ from .contestants import BASELINE
 from .measure import Row
 from .workloads import Workload, gflop
 
-HEADINGS = ("contestant", "ms", "vs plain", "GFLOP/s", "of peak", "spread", "first s", "first call ms", "compile s",
-            "error", "error f64", "extra MiB")  # fmt: skip
+HEADINGS = ("contestant", "ms", "vs plain", "GFLOP/s", "of peak", "spread", "first s", "first call ms",
+            "compile s", "error", "error f64", "extra MiB")  # fmt: skip
 # One colour a family, the same in every picture, in the order of the bars; a new family takes the next
 # colour.
 COLOURS = ("#e39a86", "#c4331f", "#1f6fb4", "#7fb3d9", "#4d8f3c", "#9c7bb8", "#c9a227", "#8a8a8a", "#3a9d97")
@@ -39,10 +39,11 @@ def _cell(value: float | None, form: str) -> str:
 def aligned(cells: Sequence[Sequence[str]], left: int) -> str:
     """Lines of cells as text: the first `left` columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join(
-        "  " + "  ".join(t.ljust(w) if i < left else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))).rstrip()
-        for line in cells
-    )
+    lines = []
+    for line in cells:
+        padded = [t.ljust(w) if i < left else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))]
+        lines.append(("  " + "  ".join(padded)).rstrip())
+    return "\n".join(lines)
 
 
 def _cells(row: Row, work: float) -> list[str]:
@@ -65,8 +66,8 @@ def _cells(row: Row, work: float) -> list[str]:
 
 def peak_line(blocks: list[float], source: str) -> str:
     """What the machine can do, in words, from GFLOP/s of the blocks beside the rows."""
-    lower = 1 - statistics.median(blocks) / max(blocks)
-    text = f"peak {max(blocks):.4g} GFLOP/s ({source}, best of {len(blocks)} blocks, their median {lower:.0%} lower)"
+    best, lower = max(blocks), 1 - statistics.median(blocks) / max(blocks)
+    text = f"peak {best:.4g} GFLOP/s ({source}, best of {len(blocks)} blocks, their median {lower:.0%} lower)"
     return text + (": shares of it are too low, the machine was not quiet" if lower > 0.1 else "")
 
 

@@ -83,7 +83,7 @@ def run(meta: dict, stem: Path, rounds: int, seconds: float, quick: bool) -> int
             for value, row in points
         ]
         print(f"{LABELS[panel]}:", ", ".join(f"{p['value']}: {p['median_ms']:#.3g} ms" for p in found[panel]))
-    base = {"tasks": BASE.tasks, "steps": BASE.steps, "width": WIDTH, "support": BASE.support, "query": BASE.query}
+    base = {name: getattr(BASE, name) for name in ("tasks", "steps", "support", "query")} | {"width": WIDTH}
     result = {"meta": meta, "contestant": contestant.name, "base": base, "slopes": SLOPES, "panels": {}}
     result["panels"] = {panel: [rounded(point) for point in points] for panel, points in found.items()}
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -105,23 +105,25 @@ def picture(path: Path, result: dict) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     from .report import COLOURS, subtitle
 
     figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
     for axis, (panel, points) in zip(axes.flat, result["panels"].items()):
         numbers = [point["value"] for point in points]
-        power = {1: "proportional", 2: "proportional to the square", -1: "inversely proportional"}[SLOPES[panel]]
-        axis.plot(numbers, ideal(panel, points), color="#8a8a8a", linewidth=1, label=f"ideal: {power}")
+        power = {1: "proportional", 2: "proportional to the square", -1: "inversely proportional"}
+        label = f"ideal: {power[SLOPES[panel]]}"
+        axis.plot(numbers, ideal(panel, points), color="#8a8a8a", linewidth=1, label=label)
         median = [point["median_ms"] for point in points]
         axis.plot(numbers, median, "o-", color=COLOURS[0], markersize=4, label=result["contestant"])
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(numbers, [str(number) for number in numbers])
         axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_formatter(lambda value, _: "")
         axis.set_title(f"ms against {LABELS[panel]}", loc="left", fontsize=11)
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)

@@ -128,7 +128,8 @@ def test_quick_run_leaves_a_table_a_json_and_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--quick", "--workloads", "tiny_mlp"]
-        + ["--contestants", "plain,maml_ext-torch,torch.func-compiled", "--output", str(tmp_path / "trial")],
+        + ["--contestants", "plain,maml_ext-torch,maml_ext-compiled,torch.func-compiled"]
+        + ["--output", str(tmp_path / "trial")],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -139,9 +140,20 @@ def test_quick_run_leaves_a_table_a_json_and_a_picture(tmp_path):
     assert "maml_ext-torch" in run.stdout
     text = (tmp_path / "trial.json").read_text()
     found = json.loads(text)
-    contestants = found["workloads"]["tiny_mlp"]["contestants"]
-    for name in ("plain", "maml_ext-torch"):
+    workload = found["workloads"]["tiny_mlp"]
+    contestants, blocks = workload["contestants"], workload["peak_blocks_gflop_per_s"]
+    assert len(blocks) == 2 * (3 + 1)  # before each round and after the last
+    assert workload["peak_gflop_per_s"] == max(blocks)
+    right = ["plain", "maml_ext-torch"]
+    if library.ABSENT:
+        assert contestants["maml_ext-compiled"]["status"] == "refused"
+    else:
+        right.append("maml_ext-compiled")
+    for name in right:
         assert contestants[name]["status"] == "ok"
+        rate = 1e3 * workload["gflop_needed"] / contestants[name]["median_ms"]
+        assert contestants[name]["share"] == pytest.approx(rate / max(blocks), rel=1e-2)
+        assert (contestants[name]["first_call_ms"] is None) == (name == "plain")
         assert contestants[name]["median_ms"] > 0
         assert contestants[name]["error_float64"] < 1e-9
         assert contestants[name]["extra_mib"] >= 0

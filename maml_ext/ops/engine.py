@@ -320,8 +320,8 @@ _define(
 RULES = ("forward", "backward", "tangent forward", "tangent backward")
 # As the engine numbers them: kinds of layers, and below 0 what it does beside them.
 _WORK = {
-    0: "linear, convolution", 1: "norm over a sample", 3: "overlapping pooling", 4: "adaptive pooling", 5: "reshape",
-    6: "sum, product", 7: "softmax", 8: "norm + activation + pooling",
+    0: "linear, convolution", 1: "norm over a sample", 3: "overlapping pooling", 4: "adaptive pooling",
+    5: "reshape", 6: "sum, product", 7: "softmax", 8: "norm + activation + pooling",
     -1: "transposed filters", -2: "updates of parameters", -3: "loss",
 }  # fmt: skip
 
@@ -330,9 +330,10 @@ def profile(call: Callable[[], object]) -> list[tuple[str, str, float, float]]:
     """What ``call`` spends in the engine: (kind of work, rule, seconds, multiply-adds), a row each.
 
     Layers are those the engine runs: norm, activation and pooling may be one. Seconds are summed over threads;
-    recording costs some 50 ns for each rule of each layer, and reordering data is not recorded. Multiply-adds are those
-    of linear layers and convolutions, what is computed twice counts twice; samples of weight 0 count too. Calls on
-    other threads of Python at the same time would be mixed in. Raises NotImplementedError without the compiled engine.
+    recording costs some 50 ns for each rule of each layer, and reordering data is not recorded. Multiply-adds are
+    those that linear layers and convolutions need; what is computed twice counts twice, samples of weight 0
+    count too. Calls on other Python threads at the same time would be mixed in. Raises NotImplementedError
+    without the compiled engine.
     """
     torch.ops.maml_ext.record(True)
     try:
