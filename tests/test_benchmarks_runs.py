@@ -1,5 +1,6 @@
 """The peak and shares of it, and the other runs of the benchmarks (--sweep, --profile, --layers, --demo)."""
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -359,11 +360,13 @@ def test_layers_count_multiply_adds():
     assert found == [3 * 4 * 2 * 64, 2 * 3 * 4 * 9 * 27, 0]
 
 
-def test_all_cases_of_layers_are_networks_the_engine_knows():
+@needs_engine
+def test_all_cases_of_layers_run():
+    """With fewer tasks and samples; their names tell them apart."""
     for case in layers.CASES:
-        with torch.device("meta"):
-            out = nn.Sequential(*(case.layer() for _ in range(case.depth)))(torch.empty(2, *case.sample))
-        assert out.shape[0] == 2 and len({case.name for case in layers.CASES}) == len(layers.CASES)
+        small = dataclasses.replace(case, tasks=min(case.tasks, 2), samples=2)
+        assert max(layers.error(small, which) for which in layers.PASSES) < 1e-12, case.name
+    assert len({case.name for case in layers.CASES}) == len(layers.CASES)
 
 
 @needs_engine
