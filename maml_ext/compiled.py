@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from . import losses, recognise
 from .fingerprint import Fingerprint
-from .ops import engine, library  # noqa: F401: the operators
+from .ops import engine, library
 from .program import ABSENT, Kind, LossKind, Network
 from .stateless import Layout
 
@@ -173,10 +174,6 @@ def _recorded(again: Callable, inputs: Sequence[Tensor], needed: Sequence[bool],
         return [next(found) if n else None for n in needed]
 
 
-def _to(theta: Tensor, gradient: Tensor) -> Tensor:
-    return gradient.sum(0) if theta.dim() == 1 else gradient
-
-
 def _or_none(needed: Sequence[bool], gradients: Sequence[Tensor | None]) -> list:
     return [g if n else None for n, g in zip(needed, gradients)]
 
@@ -195,7 +192,7 @@ class _Predict(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, None, *_or_none(needed, _Pull.apply(ctx.call, ctx.again, theta, x, cotangent))
         found = _raw(_ops.pull.default, *ctx.call.arguments(theta), x, cotangent, list(map(int, needed)))
-        return None, None, _to(theta, found[0]) if needed[0] else None, found[1] if needed[1] else None
+        return None, None, engine.like_theta(found[0], theta) if needed[0] else None, found[1] if needed[1] else None
 
 
 class _Pull(torch.autograd.Function):
@@ -204,7 +201,7 @@ class _Pull(torch.autograd.Function):
         ctx.call, ctx.again = call, again
         ctx.save_for_backward(theta, x, cotangent)
         to_theta, to_x = _raw(_ops.pull.default, *call.arguments(theta), x, cotangent, [1, 1])
-        return _to(theta, to_theta), to_x
+        return engine.like_theta(to_theta, theta), to_x
 
     @staticmethod
     def backward(ctx, theta_t, x_t):
@@ -218,7 +215,7 @@ class _Pull(torch.autograd.Function):
         to_cotangent, to_theta, to_x = _raw(
             _ops.pull_tangent.default, *ctx.call.arguments(theta), x, cotangent, theta_t, x_t
         )
-        return None, None, *_or_none(ctx.needs_input_grad[2:], (_to(theta, to_theta), to_x, to_cotangent))
+        return None, None, *_or_none(ctx.needs_input_grad[2:], (engine.like_theta(to_theta, theta), to_x, to_cotangent))
 
 
 class _Score(torch.autograd.Function):
@@ -238,9 +235,9 @@ class _Score(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             gradients = _ScoreGradient.apply(ctx.call, ctx.again, theta, x, y, needed[2])
-        scaled = [cotangent.reshape(-1, *[1] * (g.dim() - 1)) * g if n else None for n, g in zip(needed, gradients)]
+        scaled = [engine.scaled(cotangent, g) if n else None for n, g in zip(needed, gradients)]
         if needed[0]:
-            scaled[0] = _to(theta, scaled[0])
+            scaled[0] = engine.like_theta(scaled[0], theta)
         return None, None, *scaled
 
 
@@ -264,7 +261,7 @@ class _ScoreGradient(torch.autograd.Function):
         found = _raw(
             _ops.score_tangent.default, *ctx.call.arguments(theta), x, y, None, *directions, None, [1, int(ctx.by_y), 0]
         )
-        return None, None, *_or_none(needed, (_to(theta, found[0]), found[1], found[2])), None
+        return None, None, *_or_none(needed, (engine.like_theta(found[0], theta), found[1], found[2])), None
 
 
 def _gradients_again(ctx, inputs, needed, directions):
@@ -301,7 +298,7 @@ class _Adapt(torch.autograd.Function):
             _ops.adjoint.default, *ctx.call.arguments(theta), lr, x, y, None, thetas[:-1],
             [cotangents[k] for k in at], at, not ctx.exact, [*map(int, needed[1:]), 0],
         )  # fmt: skip
-        return *none, *_or_none(needed, (_to(theta, found[0]), *found[1:4]))
+        return *none, *_or_none(needed, (engine.like_theta(found[0], theta), *found[1:4]))
 
 
 class _Hvp(torch.autograd.Function):
@@ -316,6 +313,9 @@ class _Hvp(torch.autograd.Function):
         return None, None, *_recorded(ctx.again, ctx.saved_tensors, ctx.needs_input_grad[2:], (cotangent,))
 
 
+_META_DATA = 7  # tensors before the parameters
+
+
 class _Meta(torch.autograd.Function):
     """Losses after adaptation, with the meta-gradient computed in the same pass over each task.
 
@@ -325,48 +325,35 @@ class _Meta(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, call: Compiled, again: Callable, options: tuple, lr, support_x, support_y, query_x, query_y, *parameters):
+    def forward(ctx, call: Compiled, again: Callable, options: tuple, *inputs):
+        """inputs: lr, then x, y and weights (or None) of the support set and of the query set, then parameters."""
+        lr, support_x, *others = inputs[:_META_DATA]
         steps, first_order, mean = options
-        theta = torch.cat([p.reshape(-1) for p in parameters])
-        needed = ctx.needs_input_grad[3:]
-        wanted = [int(needed[0]), int(needed[1]), int(needed[2]), 0, int(needed[3]), int(needed[4]), 0]
-        loss, *found = _raw(
-            _ops.meta.default, call.program, call.numbers, call.constants, theta, lr, support_x, support_y, None,
-            query_x, query_y, None, steps, first_order, mean, wanted,
-        )  # fmt: skip
-        ctx.again, ctx.mean, ctx.tasks = again, mean, loss.shape[0]
-        ctx.inputs = 5 + len(parameters)
-        to_theta, to_lr, to_support_x, to_support_y, _, to_query_x, to_query_y, _ = found
-        ctx.save_for_backward(
-            lr, support_x, support_y, query_x, query_y, *parameters,
-            to_theta, to_lr, to_support_x, to_support_y, to_query_x, to_query_y,
-        )  # fmt: skip
-        return loss.mean() if mean else loss
+        wanted = list(map(int, ctx.needs_input_grad[3 : 3 + _META_DATA]))
+        with torch._C._AutoDispatchBelowAutograd():
+            theta = _flatten_dense_tensors(inputs[_META_DATA:])
+            loss, to_theta, *found = _ops.meta.default(
+                *call.arguments(theta), lr, support_x, *others, steps, first_order, mean, wanted
+            )
+            loss = loss.mean() if mean else loss
+        ctx.again, ctx.inputs, ctx.wanted = again, len(inputs), wanted
+        ctx.tasks = len(support_x) if mean else None
+        ctx.save_for_backward(*inputs, to_theta, *(g for g, wish in zip(found, wanted) if wish))
+        return loss
 
     @staticmethod
     def backward(ctx, cotangent):
-        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
-        inputs, (to_theta, to_lr, *to_data) = saved[: ctx.inputs], saved[ctx.inputs :]
+        saved = ctx.saved_tensors
+        inputs, to_theta, kept = saved[: ctx.inputs], saved[ctx.inputs], iter(saved[ctx.inputs + 1 :])
         if torch.is_grad_enabled():
-            return None, None, None, *_recorded(ctx.again, inputs, needed, (cotangent,))
-        result = [None] * ctx.inputs
-        if ctx.mean:
+            return None, None, None, *_recorded(ctx.again, inputs, ctx.needs_input_grad[3:], (cotangent,))
+        if ctx.tasks:
             cotangent = cotangent / ctx.tasks
             flat = cotangent * to_theta
         else:
             flat = cotangent @ to_theta
-        at = 0
-        for i, (parameter, need) in enumerate(zip(inputs[5:], needed[5:]), 5):
-            size = parameter.numel()
-            if need:
-                result[i] = flat[at : at + size].view(parameter.shape)
-            at += size
-        if needed[0]:
-            result[0] = cotangent * to_lr
-        for i, gradient in enumerate(to_data, 1):
-            if needed[i]:
-                result[i] = cotangent.reshape(-1, *[1] * (gradient.dim() - 1)) * gradient
-        return None, None, None, *result
+        to_data = [engine.scaled(cotangent, next(kept)) if wish else None for wish in ctx.wanted]
+        return None, None, None, *to_data, *_unflatten_dense_tensors(flat, inputs[_META_DATA:])
 
 
 def predict(call: Compiled, again: Callable, theta: Tensor, x: Tensor) -> Tensor:
@@ -386,7 +373,8 @@ def hvp(call: Compiled, again: Callable, theta: Tensor, vector: Tensor, x: Tenso
 
 
 def meta(call: Compiled, again: Callable, options: tuple, lr, data: Sequence[Tensor], parameters: Sequence) -> Tensor:
-    return _Meta.apply(call, again, options, lr, *data, *parameters)
+    support_x, support_y, query_x, query_y = data
+    return _Meta.apply(call, again, options, lr, support_x, support_y, None, query_x, query_y, None, *parameters)
 
 
 def describe(call: Compiled) -> list[str]:

@@ -105,7 +105,7 @@ def _prepare(maml, known, data: tuple) -> _Ready | None:
 def _again(maml, steps: int) -> Callable:
     """The same losses by the reference, differentiable to any order."""
 
-    def again(rows, support_x, support_y, query_x, query_y, *parameters):
+    def again(rows, support_x, support_y, _, query_x, query_y, __, *parameters):
         theta = torch.cat([p.reshape(-1) for p in parameters])
         thetas = functional.inner_loop(
             maml.module,

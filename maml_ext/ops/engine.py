@@ -37,7 +37,7 @@ def _needs(*tensors) -> list[int]:
     return [int(isinstance(t, Tensor) and t.requires_grad) for t in tensors]
 
 
-def _like_theta(gradient: Tensor, theta: Tensor) -> Tensor:
+def like_theta(gradient: Tensor, theta: Tensor) -> Tensor:
     """A gradient ``[T, P]`` for parameters that may be shared."""
     return gradient.sum(0) if theta.dim() == 1 else gradient
 
@@ -46,7 +46,7 @@ def _present(gradient: Tensor | None) -> Tensor | None:
     return None if gradient is None or gradient.numel() == 0 else gradient
 
 
-def _scaled(scale: Tensor, gradient: Tensor) -> Tensor:
+def scaled(scale: Tensor, gradient: Tensor) -> Tensor:
     return scale.reshape(-1, *[1] * (gradient.dim() - 1)) * gradient
 
 
@@ -154,7 +154,7 @@ def _predict_rule(arguments, outputs, cotangents):
     program, numbers, constants, theta, x, _ = arguments
     wanted = _needs(theta, x)
     to_theta, to_x = torch.ops.maml_ext.pull(program, numbers, constants, theta, x, cotangents[0], wanted)
-    return {3: _like_theta(to_theta, theta) if wanted[0] else None, 4: to_x}
+    return {3: like_theta(to_theta, theta) if wanted[0] else None, 4: to_x}
 
 
 def _pull_fake(program, numbers, constants, theta, x, cotangent, wanted):
@@ -166,7 +166,7 @@ def _pull_rule(arguments, outputs, cotangents):
     to_cotangent, to_theta, to_x = torch.ops.maml_ext.pull_tangent(
         program, numbers, constants, theta, x, cotangent, *cotangents
     )
-    return {3: _like_theta(to_theta, theta), 4: to_x, 5: to_cotangent}
+    return {3: like_theta(to_theta, theta), 4: to_x, 5: to_cotangent}
 
 
 def _pull_tangent_fake(program, numbers, constants, theta, x, cotangent, theta_t, x_t):
@@ -207,7 +207,7 @@ def _score_rule(arguments, outputs, cotangents):
         if torch.is_grad_enabled() or any(n and not w for n, w in zip(needed, wanted)):
             first = torch.ops.maml_ext.score(program, numbers, constants, theta, x, y, weight, needed)
         for i, gradient in zip(places, first[1:]):
-            result[i] = None if gradient.numel() == 0 else _scaled(scale, gradient)
+            result[i] = None if gradient.numel() == 0 else scaled(scale, gradient)
     if any(d is not None for d in directions):
         second = torch.ops.maml_ext.score_tangent(
             program, numbers, constants, theta, x, y, weight, *directions, needed[1:]
@@ -215,7 +215,7 @@ def _score_rule(arguments, outputs, cotangents):
         for i, gradient in zip(places, second):
             result[i] = _total(result[i], _present(gradient))
     if result[3] is not None:
-        result[3] = _like_theta(result[3], theta)
+        result[3] = like_theta(result[3], theta)
     return result
 
 
@@ -259,7 +259,7 @@ def _adapt_rule(arguments, outputs, cotangents):
         program, numbers, constants, theta, lr, x, y, weight, list(outputs[:-1]), [cotangents[k] for k in at], at,
         False, _needs(lr, x, y, weight),
     )  # fmt: skip
-    return {3: _like_theta(to_theta, theta), 4: to_lr, 5: to_x, 6: to_y, 7: to_weight}
+    return {3: like_theta(to_theta, theta), 4: to_lr, 5: to_x, 6: to_y, 7: to_weight}
 
 
 def _adjoint_fake(
@@ -294,9 +294,9 @@ def _meta_rule(arguments, outputs, cotangents):
     for i, gradient in zip((3, 4, 5, 6, 7, 8, 9, 10), outputs[1:]):
         if gradient.numel():
             summed = i == 4 or i == 3 and reduce
-            result[i] = scale[0] * gradient if summed else _scaled(scale, gradient)
+            result[i] = scale[0] * gradient if summed else scaled(scale, gradient)
     if not reduce:
-        result[3] = _like_theta(result[3], theta)
+        result[3] = like_theta(result[3], theta)
     return result
 
 
