@@ -178,7 +178,7 @@ def _or_none(needed: Sequence[bool], gradients: Sequence[Tensor | None]) -> list
     return [g if n else None for n, g in zip(needed, gradients)]
 
 
-class _Predict(torch.autograd.Function):
+class Predict(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Compiled, again: Callable, theta: Tensor, x: Tensor):
         ctx.call, ctx.again = call, again
@@ -218,7 +218,7 @@ class _Pull(torch.autograd.Function):
         return None, None, *_or_none(ctx.needs_input_grad[2:], (engine.like_theta(to_theta, theta), to_x, to_cotangent))
 
 
-class _Score(torch.autograd.Function):
+class Score(torch.autograd.Function):
     """Losses; the gradients that will be wanted are computed along with them."""
 
     @staticmethod
@@ -275,7 +275,7 @@ def _gradients_again(ctx, inputs, needed, directions):
     return _recorded(again, inputs, needed, directions)
 
 
-class _Adapt(torch.autograd.Function):
+class Adapt(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Compiled, again: Callable, steps: int, exact: bool, theta, lr, x, y):
         ctx.call, ctx.again, ctx.exact = call, again, exact
@@ -301,7 +301,7 @@ class _Adapt(torch.autograd.Function):
         return *none, *_or_none(needed, (engine.like_theta(found[0], theta), *found[1:4]))
 
 
-class _Hvp(torch.autograd.Function):
+class Hvp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Compiled, again: Callable, theta, vector, x, y):
         ctx.again = again
@@ -316,7 +316,7 @@ class _Hvp(torch.autograd.Function):
 _META_DATA = 7  # tensors before the parameters
 
 
-class _Meta(torch.autograd.Function):
+class Meta(torch.autograd.Function):
     """Losses after adaptation, with the meta-gradient computed in the same pass over each task.
 
     ``mean``: of the losses over tasks, and then gradients are summed over tasks in the engine. A gradient by what
@@ -354,27 +354,6 @@ class _Meta(torch.autograd.Function):
             flat = cotangent @ to_theta
         to_data = [engine.scaled(cotangent, next(kept)) if wish else None for wish in ctx.wanted]
         return None, None, None, *to_data, *_unflatten_dense_tensors(flat, inputs[_META_DATA:])
-
-
-def predict(call: Compiled, again: Callable, theta: Tensor, x: Tensor) -> Tensor:
-    return _Predict.apply(call, again, theta, x)
-
-
-def score(call: Compiled, again: Callable, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return _Score.apply(call, again, theta, x, y)
-
-
-def adapt(call: Compiled, again: Callable, theta, lr, x, y, steps: int, exact: bool) -> tuple[Tensor, ...]:
-    return _Adapt.apply(call, again, steps, exact, theta, lr, x, y)
-
-
-def hvp(call: Compiled, again: Callable, theta: Tensor, vector: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return _Hvp.apply(call, again, theta, vector, x, y)
-
-
-def meta(call: Compiled, again: Callable, options: tuple, lr, data: Sequence[Tensor], parameters: Sequence) -> Tensor:
-    support_x, support_y, query_x, query_y = data
-    return _Meta.apply(call, again, options, lr, support_x, support_y, None, query_x, query_y, None, *parameters)
 
 
 def describe(call: Compiled) -> list[str]:

@@ -96,7 +96,7 @@ def inner_loop(
             return inner_loop(module, theta, x, y, lr=from_rows(rows), **options)[1:]
 
         data = (support_x, support_y) if exact else (support_x.detach(), support_y.detach())
-        return start, *compiled.adapt(engine, again, theta, as_rows(lr, layout.sizes), *data, steps, exact)
+        return start, *compiled.Adapt.apply(engine, again, steps, exact, theta, as_rows(lr, layout.sizes), *data)
     problem, chosen, theta, data = prepare(module, layout, theta, support_x, support_y, loss, SUPPORT)
     if exact and steps and not chosen.twice and torch.is_grad_enabled():
         raise ValueError(
@@ -118,7 +118,7 @@ def network(
     layout = Layout(check_module(module))
     _, engine = choose(module, layout, theta, x, (), None, backend, names)
     if isinstance(engine, compiled.Compiled):
-        return compiled.predict(engine, partial(network, module, backend="torch"), theta, x)
+        return compiled.Predict.apply(engine, partial(network, module, backend="torch"), theta, x)
     problem, _, theta, data = prepare(module, layout, theta, x, (), None, names)
     return reference.network(problem, theta, data)
 
@@ -142,7 +142,7 @@ def task_loss(
     loss = losses.resolve(loss)
     _, engine = choose(module, layout, theta, x, y, loss, backend, names)
     if isinstance(engine, compiled.Compiled):
-        return compiled.score(engine, partial(task_loss, module, loss=loss, backend="torch"), theta, x, y)
+        return compiled.Score.apply(engine, partial(task_loss, module, loss=loss, backend="torch"), theta, x, y)
     problem, _, theta, data = prepare(module, layout, theta, x, y, loss, names)
     return reference.task_loss(problem, theta, data)
 
@@ -168,7 +168,7 @@ def hvp(
         def again(theta, vector, x, y):
             return hvp(module, theta, x, y, vector, loss=loss, backend="torch")
 
-        return compiled.hvp(engine, again, theta, vector, x, y)
+        return compiled.Hvp.apply(engine, again, theta, vector, x, y)
     problem, _, theta, data = prepare(module, layout, theta, x, y, loss, ("x", "y"))
     return reference.hvp(problem, theta, vector, data)
 

@@ -68,9 +68,9 @@ def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
     if first_order:
         data = (data[0].detach(), data[1].detach(), *data[2:])
     try:
-        return compiled.meta(
-            found.call, _again(maml, steps), (steps, first_order, mean), rows, data, found.parameters
-        )
+        support_x, support_y, query_x, query_y = data
+        inputs = rows, support_x, support_y, None, query_x, query_y, None, *found.parameters
+        return compiled.Meta.apply(found.call, _again(maml, steps), (steps, first_order, mean), *inputs)
     except RuntimeError:
         for name, x, y in (("support_y", *data[:2]), ("query_y", *data[2:])):
             losses.check_labels(loss, name, y, torch.Size((x.shape[1], *found.call.network.prediction)))
