@@ -132,8 +132,14 @@ def _with_loss(network: Network, loss, y) -> Compiled | str:
         found = losses.recognise(loss)
         if found is None:
             return "the loss is a callable of its own, which the compiled engine cannot look into"
+        y, weight = losses.split(found, y)
         if not isinstance(y, Tensor):
             return f"the target is a {type(y).__name__}, the compiled engine knows tensors"
+        if weight is not None and needs_reference(network, weight):
+            return (
+                "the gradient of weights is wanted and some of them are 0 (which depends on their values): a "
+                "sample left out of the statistics of the batch still has one, which the reference computes"
+            )
         kind, weights, sources = _KINDS.get(found.kind), ABSENT, ()
         if kind is None:
             kind = LossKind.SOFT_LABELS if y.is_floating_point() else LossKind.LABELS
@@ -147,6 +153,13 @@ def _with_loss(network: Network, loss, y) -> Compiled | str:
     return Compiled(
         network, program + list(map(int, ints)), [*network.numbers, *numbers], (*network.sources, *sources), found
     )
+
+
+def needs_reference(network: Network, weight: Tensor) -> bool:
+    """Whether a sample is left out of batch norm (the engine drops it) whose weight still has a gradient."""
+    if not (network.fewest_positions and weight.requires_grad and torch.is_grad_enabled()):
+        return False
+    return not weight.detach().all()
 
 
 def _raw(operator: Callable, *arguments) -> Sequence[Tensor]:
@@ -219,94 +232,100 @@ class _Pull(torch.autograd.Function):
 
 
 class Score(torch.autograd.Function):
-    """Losses; the gradients that will be wanted are computed along with them."""
+    """Losses; the gradients that will be wanted are computed along with them.
+
+    ``data``, here and below: x, y, and weights or None.
+    """
 
     @staticmethod
-    def forward(ctx, call: Compiled, again: Callable, theta: Tensor, x: Tensor, y: Tensor):
-        needed = ctx.needs_input_grad[2:]
+    def forward(ctx, call: Compiled, again: Callable, theta: Tensor, *data: Tensor | None):
         ctx.call, ctx.again = call, again
-        loss, *gradients, _ = _raw(_ops.score.default, *call.arguments(theta), x, y, None, [*map(int, needed), 0])
-        ctx.save_for_backward(theta, x, y, *gradients)
+        wanted = list(map(int, ctx.needs_input_grad[2:]))
+        loss, *gradients = _raw(_ops.score.default, *call.arguments(theta), *data, wanted)
+        ctx.save_for_backward(theta, *data, *gradients)
         return loss
 
     @staticmethod
     def backward(ctx, cotangent):
-        theta, x, y, *gradients = ctx.saved_tensors
+        inputs, gradients = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            gradients = _ScoreGradient.apply(ctx.call, ctx.again, theta, x, y, needed[2])
+            gradients = _ScoreGradient.apply(ctx.call, ctx.again, needed[2:], *inputs)
         scaled = [engine.scaled(cotangent, g) if n else None for n, g in zip(needed, gradients)]
         if needed[0]:
-            scaled[0] = engine.like_theta(scaled[0], theta)
+            scaled[0] = engine.like_theta(scaled[0], inputs[0])
         return None, None, *scaled
 
 
 class _ScoreGradient(torch.autograd.Function):
-    """Gradients of the losses by theta (a task each), x and y."""
+    """Gradients of the losses by theta (a task each), x, and where ``wanted``, y and weights."""
 
     @staticmethod
-    def forward(ctx, call: Compiled, again: Callable, theta: Tensor, x: Tensor, y: Tensor, by_y: bool):
-        ctx.call, ctx.again, ctx.by_y = call, again, by_y
-        ctx.save_for_backward(theta, x, y)
+    def forward(ctx, call: Compiled, again: Callable, wanted: tuple[bool, bool], theta, *data):
+        ctx.call, ctx.again, ctx.wanted = call, again, (True, True, *wanted)
+        ctx.save_for_backward(theta, *data)
         ctx.set_materialize_grads(False)
-        return tuple(_raw(_ops.score.default, *call.arguments(theta), x, y, None, [1, 1, int(by_y), 0])[1:4])
+        return tuple(_raw(_ops.score.default, *call.arguments(theta), *data, list(map(int, ctx.wanted)))[1:])
 
     @staticmethod
     def backward(ctx, *directions):
-        theta, x, y = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:5]
-        directions = directions if ctx.by_y else (*directions[:2], None)
+        theta, *data = inputs = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        directions = _or_none(ctx.wanted, directions)
         if torch.is_grad_enabled():
-            return None, None, *_gradients_again(ctx, (theta, x, y), needed, directions), None
-        found = _raw(
-            _ops.score_tangent.default, *ctx.call.arguments(theta), x, y, None, *directions, None, [1, int(ctx.by_y), 0]
-        )
-        return None, None, *_or_none(needed, (engine.like_theta(found[0], theta), found[1], found[2])), None
+            return None, None, None, *_gradients_again(ctx, inputs, needed, directions)
+        wanted = list(map(int, needed[1:]))
+        found = _raw(_ops.score_tangent.default, *ctx.call.arguments(theta), *data, *directions, wanted)
+        return None, None, None, *_or_none(needed, (engine.like_theta(found[0], theta), *found[1:]))
 
 
 def _gradients_again(ctx, inputs, needed, directions):
     """The derivative of the gradients of the losses along ``directions``, by the reference and recorded."""
 
-    def again(theta, x, y):
-        own = theta.expand(len(x), -1) if theta.dim() == 1 else theta
-        free = (True, True, ctx.by_y)
-        return _recorded(lambda *i: ctx.again(*i).sum(), (own, x, y), free, (torch.ones((), dtype=theta.dtype),))
+    def again(theta, *data):
+        own = theta.expand(len(data[0]), -1) if theta.dim() == 1 else theta
+        cotangents = (torch.ones((), dtype=theta.dtype),)
+        return _recorded(lambda *i: ctx.again(*i).sum(), (own, *data), ctx.wanted, cotangents)
 
     return _recorded(again, inputs, needed, directions)
 
 
 class Adapt(torch.autograd.Function):
+    """theta_1 .. theta_K."""
+
     @staticmethod
-    def forward(ctx, call: Compiled, again: Callable, steps: int, exact: bool, theta, lr, x, y):
+    def forward(ctx, call: Compiled, again: Callable, steps: int, exact: bool, theta, lr, *data):
         ctx.call, ctx.again, ctx.exact = call, again, exact
         ctx.set_materialize_grads(False)
-        thetas = _raw(_ops.adapt.default, *call.arguments(theta), lr, x, y, None, steps)
-        ctx.save_for_backward(theta, lr, x, y, *thetas)
+        thetas = _raw(_ops.adapt.default, *call.arguments(theta), lr, *data, steps)
+        ctx.save_for_backward(theta, lr, *data, *thetas)
         return tuple(thetas)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        theta, lr, x, y, *thetas = ctx.saved_tensors
+        inputs, thetas = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         needed = ctx.needs_input_grad[4:]
         none = (None,) * 4
         if all(c is None for c in cotangents):
-            return *none, *[None] * 4
+            return *none, *[None] * 5
         if torch.is_grad_enabled():
-            return *none, *_recorded(ctx.again, (theta, lr, x, y), needed, cotangents)
+            return *none, *_recorded(ctx.again, inputs, needed, cotangents)
+        theta, *others = inputs
         at = [k for k, c in enumerate(cotangents) if c is not None]
         found = _raw(
-            _ops.adjoint.default, *ctx.call.arguments(theta), lr, x, y, None, thetas[:-1],
-            [cotangents[k] for k in at], at, not ctx.exact, [*map(int, needed[1:]), 0],
+            _ops.adjoint.default, *ctx.call.arguments(theta), *others, thetas[:-1],
+            [cotangents[k] for k in at], at, not ctx.exact, list(map(int, needed[1:])),
         )  # fmt: skip
-        return *none, *_or_none(needed, (engine.like_theta(found[0], theta), *found[1:4]))
+        return *none, *_or_none(needed, (engine.like_theta(found[0], theta), *found[1:]))
 
 
 class Hvp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: Compiled, again: Callable, theta, vector, x, y):
+    def forward(ctx, call: Compiled, again: Callable, theta, vector, *data):
         ctx.again = again
-        ctx.save_for_backward(theta, vector, x, y)
-        return _raw(_ops.score_tangent.default, *call.arguments(theta), x, y, None, vector, None, None, None, [0, 0, 0])[0]
+        ctx.save_for_backward(theta, vector, *data)
+        directions = vector, None, None, None
+        return _raw(_ops.score_tangent.default, *call.arguments(theta), *data, *directions, [0, 0, 0])[0]
 
     @staticmethod
     def backward(ctx, cotangent):

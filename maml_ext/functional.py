@@ -83,6 +83,8 @@ def inner_loop(
     check_steps(steps)
     check_choice("meta_gradient", meta_gradient, META_GRADIENTS)
     exact = meta_gradient == "exact"
+    if not exact:  # every inner gradient is held constant: the support set has no gradient at all
+        support_x, support_y = detached((support_x, support_y))
     tasks, engine = choose(module, layout, theta, support_x, support_y, loss, backend, SUPPORT)
     lr = as_rate(lr, theta)
     check_rate(lr, layout.sizes, steps, theta.dtype)
@@ -91,11 +93,11 @@ def inner_loop(
         if steps == 0:
             return (start,)
 
-        def again(theta, rows, x, y):
+        def again(theta, rows, x, y, weight):
             options = dict(loss=loss, meta_gradient=meta_gradient, steps=steps, backend="torch")
-            return inner_loop(module, theta, x, y, lr=from_rows(rows), **options)[1:]
+            return inner_loop(module, theta, x, losses.join(y, weight), lr=from_rows(rows), **options)[1:]
 
-        data = (support_x, support_y) if exact else (support_x.detach(), support_y.detach())
+        data = support_x, *losses.split(loss, support_y)
         return start, *compiled.Adapt.apply(engine, again, steps, exact, theta, as_rows(lr, layout.sizes), *data)
     problem, chosen, theta, data = prepare(module, layout, theta, support_x, support_y, loss, SUPPORT)
     if exact and steps and not chosen.twice and torch.is_grad_enabled():
@@ -142,7 +144,11 @@ def task_loss(
     loss = losses.resolve(loss)
     _, engine = choose(module, layout, theta, x, y, loss, backend, names)
     if isinstance(engine, compiled.Compiled):
-        return compiled.Score.apply(engine, partial(task_loss, module, loss=loss, backend="torch"), theta, x, y)
+
+        def again(theta, x, y, weight):
+            return task_loss(module, theta, x, losses.join(y, weight), loss=loss, backend="torch")
+
+        return compiled.Score.apply(engine, again, theta, x, *losses.split(loss, y))
     problem, _, theta, data = prepare(module, layout, theta, x, y, loss, names)
     return reference.task_loss(problem, theta, data)
 
@@ -165,12 +171,16 @@ def hvp(
     _check_tasks("vector", vector, layout, tasks)
     if isinstance(engine, compiled.Compiled):
 
-        def again(theta, vector, x, y):
-            return hvp(module, theta, x, y, vector, loss=loss, backend="torch")
+        def again(theta, vector, x, y, weight):
+            return hvp(module, theta, x, losses.join(y, weight), vector, loss=loss, backend="torch")
 
-        return compiled.Hvp.apply(engine, again, theta, vector, x, y)
+        return compiled.Hvp.apply(engine, again, theta, vector, x, *losses.split(loss, y))
     problem, _, theta, data = prepare(module, layout, theta, x, y, loss, ("x", "y"))
     return reference.hvp(problem, theta, vector, data)
+
+
+def detached(data):
+    return pytree.tree_map_only(Tensor, Tensor.detach, data)
 
 
 def as_rate(lr: float | Tensor, theta: Tensor) -> Tensor:
@@ -203,8 +213,7 @@ def choose(
         check_statistics(module)
         if engine.loss is not None:
             prediction = torch.Size((x.shape[1], *engine.network.prediction))
-            losses.check_fit(engine.loss, names[1], y, prediction, theta.dtype)
-            losses.check_labels(engine.loss, names[1], y, prediction)
+            losses.check_target(engine.loss, names[1], y, prediction, theta.dtype)
     elif backend == "compiled":
         raise ValueError(f"backend: 'compiled' was asked for, but {engine}")
     return tasks, engine

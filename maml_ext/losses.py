@@ -155,6 +155,11 @@ def split(loss: Callable | None, target) -> tuple:
     return target if isinstance(loss, Loss) and isinstance(target, tuple) else (target, None)
 
 
+def join(target: Tensor, weight: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """The inverse of ``split``."""
+    return target if weight is None else (target, weight)
+
+
 def check_target(loss: str | Callable, name: str, target, prediction: torch.Size, dtype: torch.dtype) -> None:
     """Raise where ``target`` ([T, N, ...]) does not fit a recognised loss and predictions ``[N, ...]`` of one task.
 

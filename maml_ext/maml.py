@@ -117,6 +117,8 @@ class MAML(nn.Module):
         """What runs for such a support set, and why: ``.engine``, ``.reasons``, and a report as ``str()``."""
         layout = Layout(self.module)
         theta = layout.flatten().detach()
+        if self.meta_gradient == "first_order":
+            support_x, support_y = functional.detached((support_x, support_y))
         tasks, engine = functional.choose(
             self.module, layout, theta, support_x, support_y, self.loss, self.backend, SUPPORT
         )

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from . import compiled, functional, losses
-from .plan import check_statistics
 from .rates import as_rows, check_rate, from_rows
 from .stateless import Layout
 
@@ -38,12 +37,13 @@ def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
     if not torch.is_grad_enabled() or maml.backend == "torch" or compiled.transformed():
         return None
     loss = losses.recognise(maml.loss)
-    if loss is None or not all(isinstance(d, Tensor) for d in data):
+    tensors = _tensors(data)
+    if loss is None or tensors is None:
         return None
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         return None
     known = compiled.known(maml.module)
-    key = (steps, loss.settings, *[(d.shape, d.dtype, d.device) for d in data])
+    key = (steps, loss.settings, *[t is not None and (t.shape, t.dtype, t.device) for t in tensors])
     ready = _ready.setdefault(maml, {})
     found = ready.get(key)
     if found is None or found.known is not known:
@@ -53,7 +53,7 @@ def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
         if len(ready) >= REMEMBERED:
             ready.clear()
         ready[key] = found
-    mean = maml.reduction == "mean"
+    mean, first_order = maml.reduction == "mean", maml.meta_gradient == "first_order"
     lr = maml.lr
     if not isinstance(lr, Tensor):
         if found.rate != lr:
@@ -64,40 +64,52 @@ def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
     else:
         check_rate(lr, found.sizes, steps, found.parameters[0].dtype)
         rows = as_rows(lr, found.sizes)
-    first_order = maml.meta_gradient == "first_order"
     if first_order:
-        data = (data[0].detach(), data[1].detach(), *data[2:])
+        tensors[:3] = functional.detached(tensors[:3])
+    for name, weight in (("support_y", tensors[2]), ("query_y", tensors[5])):
+        if weight is not None:
+            losses.check_weights(name, weight)
+            if compiled.needs_reference(found.call.network, weight):
+                return None
     try:
-        support_x, support_y, query_x, query_y = data
-        inputs = rows, support_x, support_y, None, query_x, query_y, None, *found.parameters
-        return compiled.Meta.apply(found.call, _again(maml, steps), (steps, first_order, mean), *inputs)
+        return compiled.Meta.apply(
+            found.call, _again(maml, steps), (steps, first_order, mean), rows, *tensors, *found.parameters
+        )
     except RuntimeError:
-        for name, x, y in (("support_y", *data[:2]), ("query_y", *data[2:])):
+        for name, x, y in (("support_y", *tensors[:2]), ("query_y", *tensors[3:5])):
             losses.check_labels(loss, name, y, torch.Size((x.shape[1], *found.call.network.prediction)))
         raise
+
+
+def _tensors(data: tuple) -> list[Tensor | None] | None:
+    """x, y and weights (or None) of the support set, then of the query set; None for anything else."""
+    found = []
+    for x, y in (data[:2], data[2:]):
+        weight = None
+        if isinstance(y, tuple) and len(y) == 2 and isinstance(y[1], Tensor):
+            y, weight = y
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            return None
+        found += x, y, weight
+    return found
 
 
 def _prepare(maml, known, data: tuple) -> _Ready | None:
     """None where anything is wrong: two passes raise what there is to raise."""
     layout = Layout(maml.module)
     theta = layout.flatten().detach()
-    support_x, support_y, query_x, query_y = data
+    data = functional.detached(data)  # what gradients of weights need is looked at in each call
+    support_x, query_x = data[0], data[2]
     if support_x.shape[2:] != query_x.shape[2:] or support_x.shape[:1] != query_x.shape[:1]:
         return None
-    calls = []
-    for names, x, y in ((functional.SUPPORT, *data[:2]), (functional.QUERY, *data[2:])):
-        try:
-            functional.check_steps(maml.steps)
-            functional.check_data(names, x, y, theta, named_loss=isinstance(maml.loss, str))
-            call = compiled.choose(maml.module, layout, theta, x, y, maml.loss, maml.backend)
-            if not isinstance(call, compiled.Compiled):
-                return None
-            check_statistics(maml.module)
-            losses.check_fit(call.loss, names[1], y, torch.Size((x.shape[1], *call.network.prediction)), theta.dtype)
-        except (TypeError, ValueError):
-            return None
-        calls.append(call)
-    if calls[0].program != calls[1].program:
+    try:
+        calls = [
+            functional.choose(maml.module, layout, theta, x, y, maml.loss, maml.backend, names)[1]
+            for names, x, y in ((functional.SUPPORT, *data[:2]), (functional.QUERY, *data[2:]))
+        ]
+    except (TypeError, ValueError):
+        return None
+    if not all(isinstance(call, compiled.Compiled) for call in calls) or calls[0].program != calls[1].program:
         return None
     return _Ready(known, calls[0], layout.sizes, list(layout.parameters.values()))
 
@@ -105,19 +117,20 @@ def _prepare(maml, known, data: tuple) -> _Ready | None:
 def _again(maml, steps: int) -> Callable:
     """The same losses by the reference, differentiable to any order."""
 
-    def again(rows, support_x, support_y, _, query_x, query_y, __, *parameters):
+    def again(rows, support_x, support_y, support_weight, query_x, query_y, query_weight, *parameters):
         theta = torch.cat([p.reshape(-1) for p in parameters])
         thetas = functional.inner_loop(
             maml.module,
             theta,
             support_x,
-            support_y,
+            losses.join(support_y, support_weight),
             lr=from_rows(rows),
             steps=steps,
             loss=maml.loss,
             meta_gradient=maml.meta_gradient,
             backend="torch",
         )
+        query_y = losses.join(query_y, query_weight)
         result = functional.task_loss(
             maml.module, thetas[-1], query_x, query_y, loss=maml.loss, backend="torch", names=functional.QUERY
         )

@@ -428,10 +428,3 @@ def test_batch_norm_whose_samples_are_not_first():
     maml.adapt(x, y)
     with pytest.raises(ValueError, match="^support_x: .*batch norm with weights of samples needs the 4 samples"):
         maml.adapt(x, (y, torch.ones(TASKS, SHOTS)))
-
-
-def test_the_compiled_engine_has_no_weights():
-    x, y, *_ = vectors()
-    maml = maml_ext.MAML(smooth_mlp(), backend="compiled")
-    with pytest.raises(ValueError, match="^backend: 'compiled' was asked for, but"):
-        maml.adapt(x, (y, torch.ones(TASKS, SHOTS)))
