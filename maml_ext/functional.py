@@ -91,14 +91,15 @@ def inner_loop(
     if isinstance(engine, compiled.Compiled):
         start = theta.expand(tasks, -1) if theta.dim() == 1 else theta
         if steps == 0:
+            check_labels(engine, "support_y", support_x, support_y)
             return (start,)
 
         def again(theta, rows, x, y, weight):
             options = dict(loss=loss, meta_gradient=meta_gradient, steps=steps, backend="torch")
             return inner_loop(module, theta, x, losses.join(y, weight), lr=from_rows(rows), **options)[1:]
 
-        data = support_x, *losses.split(loss, support_y)
-        return start, *compiled.Adapt.apply(engine, again, steps, exact, theta, as_rows(lr, layout.sizes), *data)
+        arguments = again, steps, exact, theta, as_rows(lr, layout.sizes)
+        return start, *_compiled(compiled.Adapt, engine, "support_y", support_x, support_y, *arguments)
     problem, chosen, theta, data = prepare(module, layout, theta, support_x, support_y, loss, SUPPORT)
     if exact and steps and not chosen.twice and torch.is_grad_enabled():
         raise ValueError(
@@ -148,7 +149,7 @@ def task_loss(
         def again(theta, x, y, weight):
             return task_loss(module, theta, x, losses.join(y, weight), loss=loss, backend="torch")
 
-        return compiled.Score.apply(engine, again, theta, x, *losses.split(loss, y))
+        return _compiled(compiled.Score, engine, names[1], x, y, again, theta)
     problem, _, theta, data = prepare(module, layout, theta, x, y, loss, names)
     return reference.task_loss(problem, theta, data)
 
@@ -174,7 +175,7 @@ def hvp(
         def again(theta, vector, x, y, weight):
             return hvp(module, theta, x, losses.join(y, weight), vector, loss=loss, backend="torch")
 
-        return compiled.Hvp.apply(engine, again, theta, vector, x, *losses.split(loss, y))
+        return _compiled(compiled.Hvp, engine, "y", x, y, again, theta, vector)
     problem, _, theta, data = prepare(module, layout, theta, x, y, loss, ("x", "y"))
     return reference.hvp(problem, theta, vector, data)
 
@@ -200,7 +201,8 @@ def choose(
     module: nn.Module, layout: Layout, theta: Tensor, x, y, loss, backend: str, names: tuple[str, str]
 ) -> tuple[int, compiled.Compiled | str]:
     """Check everything but what only running the module shows; the number of tasks, and the compiled form of the
-    call or the reason why it has none. ``names`` are what x and y are called in errors."""
+    call or the reason why it has none. ``names`` are what x and y are called in errors. Labels of a compiled call
+    are left to the engine, which looks at them anyway: see ``_compiled``."""
     check_choice("backend", backend, compiled.BACKENDS)
     _check_vector("theta", theta, layout)
     found = losses.recognise(loss) if loss is not None else None
@@ -213,10 +215,28 @@ def choose(
         check_statistics(module)
         if engine.loss is not None:
             prediction = torch.Size((x.shape[1], *engine.network.prediction))
-            losses.check_target(engine.loss, names[1], y, prediction, theta.dtype)
+            y, weight = losses.split(engine.loss, y)
+            losses.check_fit(engine.loss, names[1], y, prediction, theta.dtype)
+            if weight is not None:
+                losses.check_weights(names[1], weight)
     elif backend == "compiled":
         raise ValueError(f"backend: 'compiled' was asked for, but {engine}")
     return tasks, engine
+
+
+def check_labels(engine: compiled.Compiled, name: str, x: Tensor, y) -> None:
+    """Raise where labels are no classes of the network's."""
+    y, _ = losses.split(engine.loss, y)
+    losses.check_labels(engine.loss, name, y, torch.Size((x.shape[1], *engine.network.prediction)))
+
+
+def _compiled(function, engine: compiled.Compiled, name: str, x: Tensor, y, *arguments):
+    """Apply one of the Functions of ``compiled``; labels that it refuses are an error of argument ``name``."""
+    try:
+        return function.apply(engine, *arguments, x, *losses.split(engine.loss, y))
+    except RuntimeError:
+        check_labels(engine, name, x, y)
+        raise
 
 
 def prepare(

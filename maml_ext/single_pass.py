@@ -47,7 +47,7 @@ def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
     ready = _ready.setdefault(maml, {})
     found = ready.get(key)
     if found is None or found.known is not known:
-        found = _prepare(maml, known, data)
+        found = _prepare(maml, loss, known, data)
         if found is None:
             return None
         if len(ready) >= REMEMBERED:
@@ -71,13 +71,13 @@ def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
             losses.check_weights(name, weight)
             if compiled.needs_reference(found.call.network, weight):
                 return None
+    again = _again(maml.module, loss, steps, maml.meta_gradient, mean)
+    inputs = rows, *tensors, *found.parameters
     try:
-        return compiled.Meta.apply(
-            found.call, _again(maml, steps), (steps, first_order, mean), rows, *tensors, *found.parameters
-        )
+        return compiled.Meta.apply(found.call, again, (steps, first_order, mean), *inputs)
     except RuntimeError:
-        for name, x, y in (("support_y", *tensors[:2]), ("query_y", *tensors[3:5])):
-            losses.check_labels(loss, name, y, torch.Size((x.shape[1], *found.call.network.prediction)))
+        functional.check_labels(found.call, "support_y", *tensors[:2])
+        functional.check_labels(found.call, "query_y", *tensors[3:5])
         raise
 
 
@@ -94,7 +94,7 @@ def _tensors(data: tuple) -> list[Tensor | None] | None:
     return found
 
 
-def _prepare(maml, known, data: tuple) -> _Ready | None:
+def _prepare(maml, loss: losses.Loss, known, data: tuple) -> _Ready | None:
     """None where anything is wrong: two passes raise what there is to raise."""
     layout = Layout(maml.module)
     theta = layout.flatten().detach()
@@ -104,7 +104,7 @@ def _prepare(maml, known, data: tuple) -> _Ready | None:
         return None
     try:
         calls = [
-            functional.choose(maml.module, layout, theta, x, y, maml.loss, maml.backend, names)[1]
+            functional.choose(maml.module, layout, theta, x, y, loss, maml.backend, names)[1]
             for names, x, y in ((functional.SUPPORT, *data[:2]), (functional.QUERY, *data[2:]))
         ]
     except (TypeError, ValueError):
@@ -114,26 +114,26 @@ def _prepare(maml, known, data: tuple) -> _Ready | None:
     return _Ready(known, calls[0], layout.sizes, list(layout.parameters.values()))
 
 
-def _again(maml, steps: int) -> Callable:
-    """The same losses by the reference, differentiable to any order."""
+def _again(module: nn.Module, loss: losses.Loss, steps: int, meta_gradient: str, mean: bool) -> Callable:
+    """The same losses by the reference, differentiable to any order, with the settings of the forward pass."""
 
     def again(rows, support_x, support_y, support_weight, query_x, query_y, query_weight, *parameters):
         theta = torch.cat([p.reshape(-1) for p in parameters])
         thetas = functional.inner_loop(
-            maml.module,
+            module,
             theta,
             support_x,
             losses.join(support_y, support_weight),
             lr=from_rows(rows),
             steps=steps,
-            loss=maml.loss,
-            meta_gradient=maml.meta_gradient,
+            loss=loss,
+            meta_gradient=meta_gradient,
             backend="torch",
         )
         query_y = losses.join(query_y, query_weight)
         result = functional.task_loss(
-            maml.module, thetas[-1], query_x, query_y, loss=maml.loss, backend="torch", names=functional.QUERY
+            module, thetas[-1], query_x, query_y, loss=loss, backend="torch", names=functional.QUERY
         )
-        return result.mean() if maml.reduction == "mean" else result
+        return result.mean() if mean else result
 
     return again
