@@ -18,6 +18,19 @@ from torch.nn.modules import module as module_hooks
 NAMES = ("mse", "huber", "cross_entropy", "bce_with_logits")
 
 
+class _Same:
+    """A tensor that is equal to itself alone."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, _Same) and other.tensor is self.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
+
+
 @dataclass(frozen=True, eq=False)
 class Loss:
     """A loss that the engines know: (prediction, target) of one task -> scalar, the mean over what is in it.
@@ -38,12 +51,15 @@ class Loss:
     class_weight: Tensor | None = None
 
     def __call__(self, prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        if weight is None:
+        labels = self.kind == "cross_entropy" and not target.is_floating_point()
+        # Torch's mean of smoothed, class-weighted terms selects by a mask, which vmap cannot batch.
+        if weight is None and not (labels and self.smoothing and self.class_weight is not None):
             return self._terms(prediction, target, "mean")
         terms = self._terms(prediction, target, "none")
+        weight = terms.new_ones(1) if weight is None else weight
         weight = weight.reshape(-1, *[1] * (terms.dim() - 1))
         total = (weight * terms).sum()
-        if self.kind != "cross_entropy" or target.is_floating_point():
+        if not labels:
             return total / (weight.sum() * terms[0].numel())
         counted = (target != self.ignore_index).to(weight.dtype)
         if self.class_weight is not None:
@@ -67,7 +83,9 @@ class Loss:
 
     @property
     def settings(self) -> tuple:
-        return self.kind, self.delta, self.smoothing, self.ignore_index, id(self.class_weight)
+        """What tells it from others; class weights are held, so that no other tensor takes their place."""
+        held = None if self.class_weight is None else _Same(self.class_weight)
+        return self.kind, self.delta, self.smoothing, self.ignore_index, held
 
 
 LOSSES = {name: Loss(name) for name in NAMES}
@@ -190,9 +208,14 @@ def check_pair(loss: Loss, name: str, target, expected: tuple[int, int], dtype: 
         raise ValueError(f"{name}: expected weights {list(expected)}, one a sample, got {list(weight.shape)}")
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: not inside a transform over it, nor while it is traced."""
+    return not (torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch.compiler.is_compiling())
+
+
 def check_weights(name: str, weight: Tensor) -> None:
     """Raise where weights divide by 0 or worse; where their values cannot be read, by nobody."""
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    if not _readable(weight):
         return
     weight = weight.detach()
     low, high, least = torch.stack([*torch.aminmax(weight), weight.sum(1).amin()]).tolist()
@@ -233,7 +256,7 @@ def check_fit(loss: Loss, name: str, target, prediction: torch.Size, dtype: torc
 
 def check_labels(loss: Loss, name: str, target: Tensor, prediction: torch.Size) -> None:
     """Raise where a label is no class: apart from the rest, because it reads the data."""
-    if loss.kind != "cross_entropy" or target.is_floating_point():
+    if loss.kind != "cross_entropy" or target.is_floating_point() or not _readable(target):
         return
     ignored = loss.ignore_index
     low, high = torch.stack(torch.aminmax(torch.where(target == ignored, 0, target))).tolist()

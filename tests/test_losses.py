@@ -354,7 +354,64 @@ def test_settings_are_those_of_the_call(weighted):
         assert_same(gradients(found, wrt), gradients(expected, wrt))
 
 
+@both_ways
+def test_a_change_between_forward_and_backward_changes_nothing(wrap):
+    """A backward pass that is recorded computes anew, with the settings that there were."""
+    module, batch, loss = wrap(smooth_mlp()), probabilities(), nn.CrossEntropyLoss(label_smoothing=0.2)
+    maml = maml_ext.MAML(module, lr=0.1, loss=loss, reduction="mean")
+    parameters = list(module.parameters())
+
+    def second(change):
+        loss.label_smoothing, maml.meta_gradient, maml.reduction = 0.2, "exact", "mean"
+        value = maml(*batch)
+        change()
+        first = torch.autograd.grad(value, parameters, create_graph=True)
+        return torch.autograd.grad(sum(g.sin().sum() for g in first), parameters)
+
+    def everything():
+        loss.label_smoothing, maml.meta_gradient, maml.reduction = 0.7, "first_order", "none"
+
+    assert_same({"second": list(second(everything))}, {"second": list(second(lambda: None))})
+
+
+def test_settings_hold_their_class_weights():
+    """Another tensor at the address of one that is gone is not the same."""
+    seen = {losses.Loss("cross_entropy", class_weight=torch.ones(3)).settings for _ in range(10)}
+    assert len(seen) == 10
+    loss = losses.Loss("cross_entropy", class_weight=torch.ones(3))
+    assert loss.settings == loss.settings and hash(loss.settings) == hash(loss.settings)
+
+
+@pytest.mark.parametrize("case", ["labels", "pixels"])
+def test_smoothed_class_weighted_labels_run_at_once(case):
+    module, batch = (conv_net(), images()) if case == "labels" else (segmenter(), pixels())
+    maml = maml_ext.MAML(module, lr=0.1, loss=PIXEL_LOSS, backend="torch")
+    assert runs_at_once(maml, batch)
+    wrt = {"parameters": list(module.parameters())}
+    found, expected = maml(*batch), plain_maml(module, batch, 0.1, 1, PIXEL_LOSS)[-1]
+    assert_same({"loss": found, **gradients(found, wrt)}, {"loss": expected, **gradients(expected, wrt)})
+
+
 # Errors.
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_labels_under_transforms_of_the_caller(backend):
+    """They are not looked at where they cannot be, and are where they can."""
+    module, (x, y, *_) = conv_net(), images()
+    theta = maml_ext.flatten(module).detach()
+    options = {"loss": "cross_entropy", "backend": backend}
+    found = torch.vmap(lambda y: maml_ext.task_loss(module, theta, x, y, **options))(torch.stack([y, 2 - y]))
+    expected = [maml_ext.task_loss(module, theta, x, labels, **options) for labels in (y, 2 - y)]
+    assert_same({"losses": found}, {"losses": torch.stack(expected)})
+    for function, steps in ((maml_ext.inner_loop, 0), (maml_ext.inner_loop, 1), (maml_ext.task_loss, None)):
+        more = {} if steps is None else {"lr": 0.1, "steps": steps}
+        name = "y" if steps is None else "support_y"
+        with pytest.raises(ValueError, match=rf"^{name}: expected labels in 0\.\.2 .* for 3 classes, got 3"):
+            function(module, theta, x, y.clamp(max=0) + 3, **more, **options)
+    with pytest.raises(ValueError, match=r"^y: expected labels in 0\.\.2"):
+        maml_ext.hvp(module, theta, x, y - 3, theta, **options)
+
 
 WEIGHTS = {
     "samples": (lambda w: w[:, 1:], ValueError, r"expected weights \[3, {n}\], one a sample, got \[3, {n-1}\]"),
