@@ -19,7 +19,6 @@ mlp_omni and omni_conv of ``benchmarks/`` (run eagerly, dual numbers double the 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +29,7 @@ from torch.utils import _pytree as pytree
 from . import losses
 from .per_task import Rule, TaskMap, per_task
 from .rates import expand_rate, rate_of_step, reduce_rate
-from .stateless import KeptSamples, Layout
+from .stateless import PlainNorms, Layout
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Problem:
     def _call(self, theta: Tensor, x, y) -> Tensor:
         """The prediction; a sample of weight 0 has no part in what other samples are normalised by."""
         _, weight = losses.split(self.loss, y)
-        with contextlib.nullcontext() if weight is None else KeptSamples(weight):
+        with PlainNorms(weight):
             return self.layout.call(theta, x)
 
     def gradient(self, theta: Tensor, *data: Tensor, step: int = 0) -> Tensor:

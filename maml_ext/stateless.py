@@ -35,14 +35,15 @@ def stateless(module: nn.Module):
             m.track_running_stats = True
 
 
-class KeptSamples(TorchFunctionMode):
-    """While it lasts, batch norm takes the statistics of a task from the samples whose weight ``[N]`` is not 0.
+class PlainNorms(TorchFunctionMode):
+    """While it lasts, batch, instance and layer norm are written with plain operators.
 
-    So a task padded to the size of others gives what it would alone. Written with plain operators, which vmap
-    batches at any order of derivative. Samples lie in the first dimension of what is normalised.
+    Torch's own have wrong third derivatives (2.13, on CPU), these are right at any order, and vmap batches them.
+    With ``weight`` ``[N]`` batch norm takes its statistics from the samples whose weight is not 0, so that a task
+    padded to the size of others gives what it would alone: samples lie in the first dimension of what is normalised.
     """
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor | None = None):
         super().__init__()
         self.weight = weight
 
@@ -52,6 +53,10 @@ class KeptSamples(TorchFunctionMode):
             return self._functional(*args, **kwargs)
         if func is torch.batch_norm:
             return self._operator(*args, **kwargs)
+        if func is F.instance_norm:
+            return self._instances(*args, **kwargs)
+        if func is F.layer_norm:
+            return self._layers(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _functional(
@@ -70,25 +75,56 @@ class KeptSamples(TorchFunctionMode):
             input, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled
         )
 
+    def _instances(
+        self, input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True,
+        momentum=0.1, eps=1e-5,
+    ):  # fmt: skip
+        if not use_input_stats or input.dim() < 3:
+            return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        F._verify_spatial_size(input.shape)
+        centered, variance = _moments(input, range(2, input.dim()))
+        return _scaled(input, centered, variance, eps, weight, bias, (-1, *[1] * (input.dim() - 2)))
+
+    def _layers(self, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+        shape = tuple(normalized_shape)
+        if not shape or input.shape[-len(shape) :] != shape:
+            return F.layer_norm(input, normalized_shape, weight, bias, eps)  # which says what is wrong
+        centered, variance = _moments(input, range(-len(shape), 0))
+        return _scaled(input, centered, variance, eps, weight, bias, shape)
+
     def _normalise(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        F._verify_batch_size(input.shape)
+        dims = (0, *range(2, input.dim()))
+        centered, variance = _moments(input, dims) if self.weight is None else self._of_kept(input, dims)
+        return _scaled(input, centered, variance, eps, weight, bias, (-1, *[1] * (input.dim() - 2)))
+
+    def _of_kept(self, input: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         samples = self.weight.shape[0]
         if input.shape[0] != samples:
             raise ValueError(
                 f"batch norm with weights of samples needs the {samples} samples in the first dimension, got "
                 f"{list(input.shape)}"
             )
-        F._verify_batch_size(input.shape)
         wide = input.to(torch.promote_types(input.dtype, self.weight.dtype))
-        dims, channels = (0, *range(2, input.dim())), (-1, *[1] * (input.dim() - 2))
         kept = (self.weight != 0).reshape(-1, *[1] * (input.dim() - 1))
         count = kept.sum() * input.shape[2:].numel()
         mean = torch.where(kept, wide, 0).sum(dims, keepdim=True) / count
         centered = wide - mean
-        variance = torch.where(kept, centered.square(), 0).sum(dims, keepdim=True) / count
-        result = centered * (variance + eps).rsqrt()
-        result = result if weight is None else result * weight.reshape(channels)
-        result = result if bias is None else result + bias.reshape(channels)
-        return result.to(input.dtype)
+        return centered, torch.where(kept, centered.square(), 0).sum(dims, keepdim=True) / count
+
+
+def _moments(input: Tensor, dims) -> tuple[Tensor, Tensor]:
+    """What is left of the input without its mean, and the variance; in float32 at least, as torch's own."""
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    centered = wide - wide.mean(tuple(dims), keepdim=True)
+    return centered, centered.square().mean(tuple(dims), keepdim=True)
+
+
+def _scaled(input: Tensor, centered: Tensor, variance: Tensor, eps: float, weight, bias, shape: tuple) -> Tensor:
+    result = centered * (variance + eps).rsqrt()
+    result = result if weight is None else result * weight.reshape(shape)
+    result = result if bias is None else result + bias.reshape(shape)
+    return result.to(input.dtype)
 
 
 class Layout:
