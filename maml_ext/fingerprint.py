@@ -1,45 +1,52 @@
-"""Whether a module is still what it was when it was traced."""
+"""Whether a module is still what it was when it was traced. Asked at every call: microseconds count here."""
 
 from __future__ import annotations
 
-from operator import is_
+from operator import attrgetter
 
-from torch import nn
+from torch import Tensor, nn
+
+from .reads import Reads, snapshot
+from .tracing import traced_by_another_tool
 
 _TENSORS = ("_parameters", "_buffers", "_modules")
+_kind = attrgetter("requires_grad", "dtype", "shape")
 
 
 class Fingerprint:
-    """All attributes of a module and its children: settings, modes, hooks, and which tensors and children it has.
+    """All attributes of a module and its children (settings, modes, hooks, which tensors and children it
+    has), and what its forward methods read beyond them (``reads.py``).
 
-    It holds the modules' attribute dictionaries, not the module, which may be collected. What a forward method
-    reads from elsewhere (globals, closures) is not seen.
+    It holds the modules' attribute dictionaries, not the module, which may be collected.
     """
 
     def __init__(self, module: nn.Module):
         modules = list(module.modules())
-        self._settings = [(m.__dict__, [_copied(k, v) for k, v in m.__dict__.items()]) for m in modules]
-        held = [m.__dict__[name] for m in modules for name in _TENSORS]
-        self._held = [(d, list(d.values())) for d in held if d]
-        self._parameters = [p for _, p in module.named_parameters()]
-        self._kinds = self._kinds_now()
+        held = [d for m in modules for d in map(m.__dict__.get, _TENSORS) if d]
+        # Python tries identity before equality. Tensors that are not identical raise then, and so differ, but
+        # for those of one element, which may be equal and are compared once more.
+        self._dicts = [*held, *[m.__dict__ for m in modules]]
+        self._then = [*map(dict, held), *[{k: _copied(k, v) for k, v in m.__dict__.items()} for m in modules]]
+        tensors = [(d, k, t) for d in held for k, t in d.items() if isinstance(t, Tensor)]
+        self._single = [(d, k, t) for d, k, t in tensors if t.numel() == 1]
+        self._parameters = list(module.parameters())
+        self._kinds = [*map(_kind, self._parameters)]
+        self._reads = Reads(module)
+        if traced_by_another_tool():  # what is found out now holds for no other call
+            self._then = None
 
     def matches(self) -> bool:
         try:
             return (
-                all([[*d.values()] == then for d, then in self._settings])
-                and all([len(d) == len(then) and all(map(is_, d.values(), then)) for d, then in self._held])
-                and self._kinds_now() == self._kinds
+                self._dicts == self._then
+                and [*map(_kind, self._parameters)] == self._kinds
+                and all([d[k] is t for d, k, t in self._single])
+                and not self._reads.changed()
             )
         except Exception:  # attributes that refuse comparison have been replaced
             return False
 
-    def _kinds_now(self) -> list[tuple]:
-        return [(p.requires_grad, p.dtype, p.shape) for p in self._parameters]
-
 
 def _copied(name: str, value):
-    """As it is now, where it may change in place. (Dictionaries of tensors compare by identity, on their own.)"""
-    if name in _TENSORS:
-        return value
-    return value.copy() if isinstance(value, (dict, list, set)) else value
+    """As it is now, where it may change in place. (What has tensors or children is held for itself.)"""
+    return value if name in _TENSORS and value else snapshot(value)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .reads import Reads
+
 
 class Unrecognised(Exception):
     """Why a module has no network program."""
@@ -113,16 +115,20 @@ def at_line(line: str) -> str:
     return f" ({line})" if line else ""
 
 
+def traced_by_another_tool() -> bool:
+    return torch.compiler.is_compiling() or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+
+
 def trace(module: nn.Module) -> torch.fx.Graph:
     """The graph of ``module`` in its present mode; raises ``Unrecognised``."""
-    if torch.compiler.is_compiling() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+    if traced_by_another_tool():
         raise Unrecognised("the network is traced by another tool at the moment")
     if module_hooks._has_any_global_hook():
         raise Unrecognised("there are global module hooks")
     for name, m in module.named_modules():
         _check_plain(m, f"{name or 'the module'} ({type(m).__name__})", outermost=m is module)
     defaults = _defaults(module)
-    before, tracer = _State(module), _Tracer()
+    before, reads, tracer = _State(module), Reads(module), _Tracer()
     try:
         with torch.inference_mode(False), torch.enable_grad(), _NoOperators(tracer):
             graph = tracer.trace(root(module), concrete_args=defaults)
@@ -137,6 +143,10 @@ def trace(module: nn.Module) -> torch.fx.Graph:
         raise Unrecognised(tracer.refused)
     if changed:
         raise Unrecognised("its forward changes the module's attributes or buffers, or draws random numbers")
+    if reads.refused:
+        raise Unrecognised(reads.refused)
+    if reads.changed():
+        raise Unrecognised("its forward changes what it reads from outside of the module")
     return graph
 
 
@@ -167,21 +177,26 @@ def _defaults(module: nn.Module) -> dict | None:
 
 
 class _State:
-    """What tracing a forward method might change: attributes, values of buffers, the random generator."""
+    """What tracing a forward method might change: attributes, values of buffers, random generators."""
 
     def __init__(self, module: nn.Module):
         self.random, self.python_random = torch.random.get_rng_state(), random.getstate()
+        self.numpy = sys.modules.get("numpy.random")
+        self.numpy_random = self.numpy and self.numpy.get_state()
         dicts = [d for m in module.modules() for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
         self.dicts = [(d, dict(d)) for d in dicts]
         self.buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in module.buffers()]
 
     def restore(self) -> set[str]:
-        """Put it back; the names of what had changed, but for the generator."""
+        """Put it back; the names of what had changed, but for torch's generator."""
         torch.random.set_rng_state(self.random)
         changed: set[str] = set()
         if random.getstate() != self.python_random:
             changed.add("random numbers")
             random.setstate(self.python_random)
+        if self.numpy and str(self.numpy.get_state()) != str(self.numpy_random):
+            changed.add("random numbers")
+            self.numpy.set_state(self.numpy_random)
         for d, then in self.dicts:
             names = d.keys() ^ then.keys() | {
                 name for name in d.keys() & then.keys() if d[name] is not then[name]

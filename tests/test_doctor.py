@@ -10,7 +10,8 @@ from maml_ext import doctor, reference
 
 
 def test_doctor_runs_from_the_command_line():
-    result = subprocess.run([sys.executable, "-m", "maml_ext", "doctor"], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "maml_ext", "doctor"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     assert maml_ext.__version__ in result.stdout and torch.__version__ in result.stdout
     for name in doctor.CHECKS:
@@ -29,7 +30,8 @@ def test_doctor_reports_a_wrong_meta_gradient(monkeypatch, capsys):
     monkeypatch.setattr(reference.Problem, "gradient_vjp", without_hessian)
     assert doctor.doctor() == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "WRONG" in line] == [line for line in lines if line.startswith("meta-gradient, torch")]
+    wrong = [line for line in lines if "WRONG" in line]
+    assert wrong and wrong == [line for line in lines if line.startswith("meta-gradient, torch")]
 
 
 def test_doctor_survives_an_engine_that_raises(monkeypatch, capsys):
@@ -40,3 +42,9 @@ def test_doctor_survives_an_engine_that_raises(monkeypatch, capsys):
     assert doctor.doctor() == 1
     out = capsys.readouterr().out
     assert "FAILED RuntimeError: planted" in out and "sgd_update" in out
+
+
+def test_checks_run_where_they_can():
+    found = {name: check.runs_on("cuda:0") for name, check in doctor.CHECKS.items()}
+    assert all(check.runs_on("cpu") for check in doctor.CHECKS.values())
+    assert found == {name: "CPU engine" not in name for name in found} and any(found.values())
