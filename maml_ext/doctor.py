@@ -52,7 +52,8 @@ def _cuda() -> str:
     if torch.version.cuda is None:
         return "this torch is built without it"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"{torch.version.cuda}, {', '.join(names) or 'no device'} (no CUDA kernels here yet: the torch engine runs)"
+    devices = ", ".join(names) or "no device"
+    return f"{torch.version.cuda}, {devices} (no CUDA kernels here yet: the torch engine runs)"
 
 
 def _compiled() -> str:

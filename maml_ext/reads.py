@@ -2,10 +2,10 @@
 attributes.
 
 A trace takes the values of all these for constants. The functions that forward methods may reach are
-searched for what they name, without running them. Numbers, strings, functions and classes, and tuples, lists, dicts and
-sets of these, are watched: the trace holds as long as they stay as they are. An object of any other kind may
-change in ways that cannot be seen from here, and is refused. Torch, numpy and Python's library are taken
-for constant, but for what asks for a mode, a clock or random numbers.
+searched for what they name, without running them. Numbers, strings, functions and classes, and tuples, lists,
+dicts and sets of these, are watched: the trace holds as long as they stay as they are. An object of any other
+kind may change in ways that cannot be seen from here, and is refused. Torch, numpy and Python's library are
+taken for constant, but for what asks for a mode, a clock or random numbers.
 """
 
 from __future__ import annotations
