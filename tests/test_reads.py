@@ -241,7 +241,7 @@ REFUSED = {
     "a module passed on": (
         lambda: Calls(lambda m, x: m.anchor(x) * getattr(config, "scale")),
         "config, a module",
-    ),  # noqa: B009
+    ),
 }
 
 
