@@ -15,7 +15,8 @@ struct Block {
 
   // What one vector of channels needs, at whatever position.
   struct Channel {
-    V mean, r, gamma, beta;
+    V mean, r, gamma;
+    V scale, shift;          // y = scale x + shift
     V x_mean, x_slope;       // mean(x'), mean(x^ x')
     V gamma_t, beta_t;
     V sum, slope;            // sum gy / m, sum(gy x^) / m
@@ -30,7 +31,8 @@ struct Block {
     const int64_t pitch = c.in(l).pitch;
     const T* s = c.f.statistics(l) + k;
     ch.mean = load<T>(s), ch.r = load<T>(s + pitch);
-    ch.gamma = affine(c.p.slot(c.net, l.weight), k, 1), ch.beta = affine(c.p.slot(c.net, l.bias), k, 0);
+    ch.gamma = affine(c.p.slot(c.net, l.weight), k, 1), ch.scale = ch.gamma * ch.r;
+    ch.shift = affine(c.p.slot(c.net, l.bias), k, 0) - ch.scale * ch.mean;
     ch.sum = load<T>(s + 2 * pitch), ch.slope = load<T>(s + 3 * pitch);
     if (!tangent) return ch;
     const T* t = c.t.statistics(l) + k;
@@ -44,16 +46,16 @@ struct Block {
   struct Element {
     V normal, y, normal_t, y_t;
   };
-  static INLINE Element element(const Layer& l, const Channel& ch, const T* x, const T* x_t) {
+  static INLINE Element element(const Layer& l, const Channel& ch, V x, V x_t) {
+    if (l.statistics == kNoStatistics) return {x, x, x_t, x_t};
     Element e;
-    const V value = load<T>(x), tangent = x_t ? load<T>(x_t) : V{};
-    if (l.statistics == kNoStatistics) return {value, value, tangent, tangent};
-    e.normal = (value - ch.mean) * ch.r;
-    e.y = ch.gamma * e.normal + ch.beta;
-    e.normal_t = ch.r * (tangent - ch.x_mean - e.normal * ch.x_slope);
+    e.normal = (x - ch.mean) * ch.r;
+    e.y = ch.scale * x + ch.shift;
+    e.normal_t = ch.r * (x_t - ch.x_mean - e.normal * ch.x_slope);
     e.y_t = ch.gamma_t * e.normal + ch.gamma * e.normal_t + ch.beta_t;
     return e;
   }
+  static INLINE V maybe(const T* at) { return at ? load<T>(at) : V{}; }
   static INLINE Jet<T> act(const Layer& l, V y) { return Act::template at<T>(y, T(l.a), T(l.b)); }
 
   // Calls f(n, row of out, channel k) for every line of vectors: parallel over samples.
@@ -70,6 +72,12 @@ struct Block {
   template <class F>
   static INLINE void tile(const Layer& l, const Value& in, const Value& out, int64_t y, int64_t x, F f) {
     if (!pooled) return f(y * in.row + x * in.pitch, 0);
+    const bool whole = (y + 1 < out.h || in.h == 2 * out.h) && (x + 1 < out.w || in.w == 2 * out.w);
+    if (l.kh == 2 && l.kw == 2 && l.sh == 2 && l.sw == 2 && whole) {  // what nearly every network has
+      const int64_t at = 2 * (y * in.row + x * in.pitch);
+      f(at, 0), f(at + in.pitch, 1), f(at + in.row, 2), f(at + in.row + in.pitch, 3);
+      return;
+    }
     const int64_t top = y * l.sh, bottom = y + 1 == out.h ? in.h : top + l.sh;
     const int64_t left = x * l.sw, right = x + 1 == out.w ? in.w : left + l.sw;
     for (int64_t i = top; i < bottom; i++)
@@ -77,25 +85,75 @@ struct Block {
         f(i * in.row + j * in.pitch, i - top < l.kh && j - left < l.kw ? int((i - top) * l.kw + j - left) : -1);
   }
 
-  // The number of the window's largest element: the first of equals, and the last NaN, as in PyTorch.
-  static INLINE V winner(const Layer& l, const Channel& ch, const Value& in, const Value& out, int64_t y, int64_t x,
-                         const T* line) {
-    V best = splat<T>(-__builtin_huge_val()), which{};
-    tile(l, in, out, y, x, [&](int64_t at, int number) {
-      if (number < 0) return;
-      const V z = act(l, element(l, ch, line + at, nullptr).y).value;
-      const auto wins = (z > best) | (z != z);
-      best = wins ? z : best;
-      which = wins ? splat<T>(T(number)) : which;
-    });
-    return which;
+  // A line of the data that a rule passes over: channel k of x, of x' (null: 0) and their places.
+  struct Line {
+    const Layer& l;
+    const Value &in, &out;
+    Channel ch;
+    const T *x, *x_t;
+    int64_t y;
+
+    INLINE Element element(int64_t at) const { return Block::element(l, ch, load<T>(x + at), maybe(x_t ? x_t + at : x_t)); }
+  };
+  static INLINE Line line(const Context<T>& c, const Layer& l, int64_t n, int64_t y, int64_t k, bool tangent) {
+    const Value &in = c.in(l), &out = c.out(l);
+    const bool moving = tangent && c.net.has_tangent[l.in];
+    return {l, in, out, channel(c, l, k, tangent), c.f.value(in, n) + k, moving ? c.t.value(in, n) + k : nullptr, y};
   }
 
-  // The part of the gradient at out that reaches an element of the tile.
-  static INLINE V share(const Layer& l, V gradient, V which, int number) {
-    if (!pooled) return gradient;
-    if (number < 0) return V{};
-    return l.average ? gradient / T(l.divisor) : (which == splat<T>(T(number)) ? gradient : V{});
+  // The window's largest element, the first of equals, and the last NaN, as in PyTorch.
+  struct Winner {
+    V number, x, x_t;
+  };
+  static INLINE Winner winner(const Line& s, int64_t x) {
+    V best = splat<T>(-__builtin_huge_val());
+    Winner w{};
+    tile(s.l, s.in, s.out, s.y, x, [&](int64_t at, int number) ALWAYS {
+      if (number < 0) return;
+      const V value = load<T>(s.x + at), z = act(s.l, Block::element(s.l, s.ch, value, V{}).y).value;
+      const auto wins = (z > best) | (z != z);
+      best = wins ? z : best;
+      w.number = wins ? splat<T>(T(number)) : w.number;
+      w.x = wins ? value : w.x;
+      if (s.x_t) w.x_t = wins ? load<T>(s.x_t + at) : w.x_t;
+    });
+    return w;
+  }
+
+  // From the gradient g at out (and its tangent) to the gradient gy at y: calls f(offset in x, element, gy, gy') for
+  // what g reaches: with max pooling the winners alone, and then there is no one offset. `every`: for all, with zeros.
+  template <bool every, class F>
+  static INLINE void spread(const Line& s, int64_t x, V g, V g_t, F f) {
+    auto reach = [&](const Element& e, V& gy, V& gy_t) ALWAYS {
+      const Jet<T> jet = act(s.l, e.y);
+      gy = jet.first * g;
+      gy_t = jet.second * e.y_t * g + jet.first * g_t;
+    };
+    V gy{}, gy_t{};
+    if (pooled && !s.l.average) {
+      const Winner w = winner(s, x);
+      const Element won = element(s.l, s.ch, w.x, w.x_t);
+      reach(won, gy, gy_t);
+      if constexpr (every)
+        tile(s.l, s.in, s.out, s.y, x, [&](int64_t at, int number) ALWAYS {
+          const auto here = w.number == splat<T>(T(number));
+          f(at, s.element(at), here ? gy : V{}, here ? gy_t : V{});
+        });
+      else
+        f(0, won, gy, gy_t);
+      return;
+    }
+    if (pooled) g /= T(s.l.divisor), g_t /= T(s.l.divisor);
+    tile(s.l, s.in, s.out, s.y, x, [&](int64_t at, int number) ALWAYS {
+      const Element e = s.element(at);
+      if (number >= 0)
+        reach(e, gy, gy_t);
+      else if (every)
+        gy = gy_t = V{};
+      else
+        return;
+      f(at, e, gy, gy_t);
+    });
   }
 
   // Per-channel sums of two quantities over the batch: f(n, y, k, first, second) adds up a line; sums of lines, then
@@ -141,7 +199,7 @@ struct Block {
     sums(c, l, c.f, mean, r, batch(c, l), [&](int64_t n, int64_t y, int64_t k, V& first, V& second) {
       const V from = load<T>(shift + k);
       for (int64_t x = 0; x < c.out(l).w; x++)
-        tile(l, in, c.out(l), y, x, [&](int64_t at, int) {
+        tile(l, in, c.out(l), y, x, [&](int64_t at, int) ALWAYS {
           const V d = load<T>(c.f.value(in, n) + k + at) - from;
           first += d, second += d * d;
         });
@@ -183,14 +241,13 @@ struct Block {
     }
     if (l.statistics != kNoStatistics) statistics(c, l);
     lines(c, l, [&](int64_t n, int64_t y, int64_t k) {
-      const Channel ch = channel(c, l, k, false);
-      const T* line = c.f.value(in, n) + k;
+      const Line s = line(c, l, n, y, k, false);
       T* to = c.f.value(out, n) + y * out.row + k;
       for (int64_t x = 0; x < out.w; x++) {
         V result = pooled && !l.average ? splat<T>(-__builtin_huge_val()) : V{};
-        tile(l, in, out, y, x, [&](int64_t at, int number) {
+        tile(l, in, out, y, x, [&](int64_t at, int number) ALWAYS {
           if (number < 0) return;
-          const V z = act(l, element(l, ch, line + at, nullptr).y).value;
+          const V z = act(l, s.element(at).y).value;
           if (!pooled)
             result = z;
           else if (l.average)
@@ -212,42 +269,30 @@ struct Block {
       flat(c, l, [&](int64_t i, int64_t o) { put<T>(gx + i, act(l, load<T>(x + i)).first * load<T>(g + o), add); });
       return;
     }
-    T* s = c.f.statistics(l);
     const bool normed = l.statistics != kNoStatistics;
     if (normed) {
-      T *sum = s + 2 * in.pitch, *slope = s + 3 * in.pitch;
-      sums(c, l, c.f, sum, slope, 1, [&](int64_t n, int64_t y, int64_t k, V& first, V& second) {
-        const Channel ch = channel(c, l, k, false);
-        const T *line = c.f.value(in, n) + k, *g = c.f.gradient(out, n) + y * out.row + k;
-        for (int64_t x = 0; x < out.w; x++) {
-          const V gradient = load<T>(g + x * out.pitch);
-          const V which = pooled && !l.average ? winner(l, ch, in, out, y, x, line) : V{};
-          tile(l, in, out, y, x, [&](int64_t at, int number) {
-            if (number < 0) return;
-            const Element e = element(l, ch, line + at, nullptr);
-            const V gy = act(l, e.y).first * share(l, gradient, which, number);
-            first += gy, second += gy * e.normal;
-          });
-        }
-      });
-      finish(c, l, s, 2);
+      T* saved = c.f.statistics(l);
+      sums(c, l, c.f, saved + 2 * in.pitch, saved + 3 * in.pitch, 1,
+           [&](int64_t n, int64_t y, int64_t k, V& first, V& second) {
+             const Line s = line(c, l, n, y, k, false);
+             const T* g = c.f.gradient(out, n) + y * out.row + k;
+             for (int64_t x = 0; x < out.w; x++)
+               spread<false>(s, x, load<T>(g + x * out.pitch), V{}, [&](int64_t, const Element& e, V gy, V) ALWAYS {
+                 first += gy, second += gy * e.normal;
+               });
+           });
+      finish(c, l, saved, 2);
     }
     if (!c.net.needs_gradient[l.in]) return;
     lines(c, l, [&](int64_t n, int64_t y, int64_t k) {
-      const Channel ch = channel(c, l, k, false);
-      const T *line = c.f.value(in, n) + k, *g = c.f.gradient(out, n) + y * out.row + k;
+      const Line s = line(c, l, n, y, k, false);
+      const T* g = c.f.gradient(out, n) + y * out.row + k;
       T* to = c.f.gradient(in, n) + k;
-      const V scale = ch.gamma * ch.r;
-      for (int64_t x = 0; x < out.w; x++) {
-        const V gradient = load<T>(g + x * out.pitch);
-        const V which = pooled && !l.average ? winner(l, ch, in, out, y, x, line) : V{};
-        tile(l, in, out, y, x, [&](int64_t at, int number) {
-          const Element e = element(l, ch, line + at, nullptr);
-          V gx = act(l, e.y).first * share(l, gradient, which, number);
-          if (normed) gx = scale * (gx - ch.sum - e.normal * ch.slope);
-          put<T>(to + at, gx, l.accumulate[0]);
+      for (int64_t x = 0; x < out.w; x++)
+        spread<true>(s, x, load<T>(g + x * out.pitch), V{}, [&](int64_t at, const Element& e, V gy, V) ALWAYS {
+          if (normed) gy = s.ch.scale * (gy - s.ch.sum - e.normal * s.ch.slope);
+          put<T>(to + at, gy, l.accumulate[0]);
         });
-      }
     });
   }
 
@@ -279,29 +324,22 @@ struct Block {
       T* t = c.t.statistics(l);
       if (l.statistics == kBatch && moving)
         sums(c, l, c.t, t, t + in.pitch, batch(c, l), [&](int64_t n, int64_t y, int64_t k, V& first, V& second) {
-          const Channel ch = channel(c, l, k, false);
-          const T *line = c.f.value(in, n) + k, *line_t = c.t.value(in, n) + k;
+          const Line s = line(c, l, n, y, k, true);
           for (int64_t x = 0; x < out.w; x++)
-            tile(l, in, out, y, x, [&](int64_t at, int) {
-              const V tangent = load<T>(line_t + at);
-              first += tangent, second += tangent * ((load<T>(line + at) - ch.mean) * ch.r);
+            tile(l, in, out, y, x, [&](int64_t at, int) ALWAYS {
+              const V tangent = load<T>(s.x_t + at);
+              first += tangent, second += tangent * s.element(at).normal;
             });
         });
       else
         for (int64_t k = 0; k < 2 * in.pitch; k++) t[k] = 0;
     }
     lines(c, l, [&](int64_t n, int64_t y, int64_t k) {
-      const Channel ch = channel(c, l, k, true);
-      const T *line = c.f.value(in, n) + k, *line_t = moving ? c.t.value(in, n) + k : nullptr;
+      const Line s = line(c, l, n, y, k, true);
       T* to = c.t.value(out, n) + y * out.row + k;
       for (int64_t x = 0; x < out.w; x++) {
-        const V which = pooled && !l.average ? winner(l, ch, in, out, y, x, line) : V{};
         V result{};
-        tile(l, in, out, y, x, [&](int64_t at, int number) {
-          if (number < 0) return;
-          const Element e = element(l, ch, line + at, line_t ? line_t + at : nullptr);
-          result += share(l, act(l, e.y).first * e.y_t, which, number);
-        });
+        spread<false>(s, x, splat<T>(1), V{}, [&](int64_t, const Element& e, V gy, V) ALWAYS { result += gy * e.y_t; });
         store<T>(to + x * out.pitch, result);
       }
     });
@@ -320,55 +358,37 @@ struct Block {
       });
       return;
     }
-    const bool moving = c.net.has_tangent[l.in], normed = l.statistics != kNoStatistics;
-    T* t = c.t.statistics(l);
-    // gy and gy' of an element
-    auto gradients = [&](const Element& e, V g, V g_t, V& gy, V& gy_t) {
-      const Jet<T> jet = act(l, e.y);
-      gy = jet.first * g;
-      gy_t = jet.second * e.y_t * g + jet.first * g_t;
-    };
-    if (normed) {
-      sums(c, l, c.t, t + 2 * in.pitch, t + 3 * in.pitch, 1, [&](int64_t n, int64_t y, int64_t k, V& first, V& second) {
-        const Channel ch = channel(c, l, k, true);
-        const T *line = c.f.value(in, n) + k, *line_t = moving ? c.t.value(in, n) + k : nullptr;
-        const T *g = c.f.gradient(out, n) + y * out.row + k, *g_t = c.t.gradient(out, n) + y * out.row + k;
-        for (int64_t x = 0; x < out.w; x++) {
-          const V gradient = load<T>(g + x * out.pitch), tangent = load<T>(g_t + x * out.pitch);
-          const V which = pooled && !l.average ? winner(l, ch, in, out, y, x, line) : V{};
-          tile(l, in, out, y, x, [&](int64_t at, int number) {
-            if (number < 0) return;
-            const Element e = element(l, ch, line + at, line_t ? line_t + at : nullptr);
-            V gy, gy_t;
-            gradients(e, share(l, gradient, which, number), share(l, tangent, which, number), gy, gy_t);
-            first += gy_t, second += gy_t * e.normal + gy * e.normal_t;
-          });
-        }
-      });
-      finish(c, l, t, 2);
+    if (l.statistics != kNoStatistics) {
+      T* saved = c.t.statistics(l);
+      sums(c, l, c.t, saved + 2 * in.pitch, saved + 3 * in.pitch, 1,
+           [&](int64_t n, int64_t y, int64_t k, V& first, V& second) {
+             const Line s = line(c, l, n, y, k, true);
+             const T *g = c.f.gradient(out, n) + y * out.row + k, *g_t = c.t.gradient(out, n) + y * out.row + k;
+             for (int64_t x = 0; x < out.w; x++)
+               spread<false>(s, x, load<T>(g + x * out.pitch), load<T>(g_t + x * out.pitch),
+                             [&](int64_t, const Element& e, V gy, V gy_t) ALWAYS {
+                               first += gy_t, second += gy_t * e.normal + gy * e.normal_t;
+                             });
+           });
+      finish(c, l, saved, 2);
     }
     if (!c.net.needs_gradient[l.in]) return;
     lines(c, l, [&](int64_t n, int64_t y, int64_t k) {
-      const Channel ch = channel(c, l, k, true);
-      const T *line = c.f.value(in, n) + k, *line_t = moving ? c.t.value(in, n) + k : nullptr;
+      const Line s = line(c, l, n, y, k, true);
+      const Channel& ch = s.ch;
       const T *g = c.f.gradient(out, n) + y * out.row + k, *g_t = c.t.gradient(out, n) + y * out.row + k;
       T* to = c.t.gradient(in, n) + k;
-      const V scale = ch.gamma * ch.r, scale_t = ch.gamma_t * ch.r - scale * ch.r * ch.x_slope;
-      for (int64_t x = 0; x < out.w; x++) {
-        const V gradient = load<T>(g + x * out.pitch), tangent = load<T>(g_t + x * out.pitch);
-        const V which = pooled && !l.average ? winner(l, ch, in, out, y, x, line) : V{};
-        tile(l, in, out, y, x, [&](int64_t at, int number) {
-          const Element e = element(l, ch, line + at, line_t ? line_t + at : nullptr);
-          V gy, gy_t;
-          gradients(e, share(l, gradient, which, number), share(l, tangent, which, number), gy, gy_t);
-          if (normed) {
-            const V q = gy - ch.sum - e.normal * ch.slope;
-            const V q_t = gy_t - ch.sum_t - e.normal_t * ch.slope - e.normal * ch.slope_t;
-            gy_t = scale_t * q + scale * q_t;
-          }
-          put<T>(to + at, gy_t, l.accumulate[0]);
-        });
-      }
+      const V scale_t = ch.gamma_t * ch.r - ch.scale * ch.r * ch.x_slope;
+      for (int64_t x = 0; x < out.w; x++)
+        spread<true>(s, x, load<T>(g + x * out.pitch), load<T>(g_t + x * out.pitch),
+                     [&](int64_t at, const Element& e, V gy, V gy_t) ALWAYS {
+                       if (l.statistics != kNoStatistics) {
+                         const V q = gy - ch.sum - e.normal * ch.slope;
+                         const V q_t = gy_t - ch.sum_t - e.normal_t * ch.slope - e.normal * ch.slope_t;
+                         gy_t = scale_t * q + ch.scale * q_t;
+                       }
+                       put<T>(to + at, gy_t, l.accumulate[0]);
+                     });
     });
   }
 };

@@ -29,6 +29,7 @@ template <class T>
 constexpr int kLanes = MAML_VECTOR_BYTES / sizeof(T);
 
 #define INLINE inline __attribute__((always_inline))
+#define ALWAYS __attribute__((always_inline))  // of a lambda in an inner loop: else its vectors go through memory
 
 template <class T>
 INLINE Vec<T> load(const T* p) {
