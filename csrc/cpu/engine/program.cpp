@@ -204,7 +204,7 @@ void Builder::parse_loss(const int64_t* p, const double* numbers) {
   }
 }
 
-// Layers the prediction does not depend on are dropped: nobody would set their gradient.
+// Layers the prediction does not depend on are dropped, and what only they read: nobody would set their gradient.
 void Builder::keep_live() {
   std::vector<bool> live(values.size());
   live.back() = true;
@@ -215,6 +215,20 @@ void Builder::keep_live() {
     }
   layers.erase(std::remove_if(layers.begin(), layers.end(), [&](const Layer& l) { return !live[l.out]; }),
                layers.end());
+  std::vector<int> moved(slots.size(), -1);
+  std::vector<Slot> read;
+  auto keep = [&](int& slot) {
+    if (slot < 0) return;
+    if (moved[slot] < 0) {
+      moved[slot] = int(read.size());
+      read.push_back(slots[slot]);
+    }
+    slot = moved[slot];
+  };
+  for (Layer& l : layers)
+    for (int* slot : {&l.weight, &l.bias, &l.mean, &l.variance}) keep(*slot);
+  keep(network.loss.class_weight);
+  slots = read;
 }
 
 // Norm, activation and pooling without overlap become one block, which passes over the data once.
@@ -285,8 +299,8 @@ void Builder::mark() {
   for (auto l = layers.rbegin(); l != layers.rend(); ++l) {
     if (l->second >= 0) l->accumulate[1] = !first(value_written, l->second);
     l->accumulate[0] = !first(value_written, l->in);
+    l->writes_bias = first(slot_written, l->bias);  // before the weight, which may be the same
     l->writes_weight = first(slot_written, l->weight);
-    l->writes_bias = first(slot_written, l->bias);
   }
   for (size_t i = 0; i < slots.size(); i++)
     for (size_t j = 0; j < i; j++) {
@@ -365,6 +379,7 @@ void Builder::lay_out() {
     } else if (l.kind == kContract) {
       network.frame_saved_sample += round_up(values[l.out].c);  // sums of the bias gradient
     }
+    times(transposed, 1), times(network.frame_saved, 1), times(network.frame_saved_sample, 1);
   }
   network.adapted = adapted, network.fixed = fixed, network.transposed = transposed;
 }
@@ -400,9 +415,20 @@ void Builder::tabulate(Layer& l) {
   network.work += times(count, times(all, times(in.c, out.c)));
   if (!needs_gradient[l.in]) return;
 
+  // The taps that reach each phase, along each axis.
+  auto reaching = [](int64_t phases, int64_t stride, int64_t kernel, int64_t dilation, int64_t before) {
+    std::vector<std::vector<int64_t>> found(phases);
+    for (int64_t i = 0; i < kernel; i++) {
+      const int64_t phase = ((i * dilation - before) % stride + stride) % stride;
+      if (phase < phases) found[phase].push_back(i);
+    }
+    return found;
+  };
+  const auto taps_y = reaching(std::min(l.sh, in.h), l.sh, l.kh, l.dh, l.top);
+  const auto taps_x = reaching(std::min(l.sw, in.w), l.sw, l.kw, l.dw, l.left);
   std::vector<Rows> phases;
-  for (int64_t py = 0; py < std::min(l.sh, in.h); py++)
-    for (int64_t px = 0; px < std::min(l.sw, in.w); px++) {
+  for (int64_t py = 0; py < int64_t(taps_y.size()); py++)
+    for (int64_t px = 0; px < int64_t(taps_x.size()); px++) {
       result.clear(), operand.clear(), tap_operand.clear(), tap_filter.clear();
       for (int64_t n = 0; n < l.group; n++)
         for (int64_t y = py; y < in.h; y += l.sh)
@@ -410,10 +436,9 @@ void Builder::tabulate(Layer& l) {
             result.push_back(int32_t(n * in.image + y * in.row + x * in.pitch));
             operand.push_back(int32_t(n * out.image + y / l.sh * out.row + x / l.sw * out.pitch));
           }
-      for (int64_t y = 0; y < l.kh; y++)
-        for (int64_t x = 0; x < l.kw; x++) {
+      for (const int64_t y : taps_y[py])
+        for (const int64_t x : taps_x[px]) {
           const int64_t dy = py + l.top - y * l.dh, dx = px + l.left - x * l.dw;
-          if (dy % l.sh || dx % l.sw) continue;
           tap_operand.push_back(dy / l.sh * out.row + dx / l.sw * out.pitch);
           tap_filter.push_back((y * l.kw + x) * weight.outputs * round_up(weight.inputs));
         }
