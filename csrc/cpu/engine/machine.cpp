@@ -1,9 +1,11 @@
 // What the engine runs on: the instruction set, memory kept from call to call, the clock.
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <thread>
 #include <vector>
 
 #include "engine.h"
@@ -18,6 +20,7 @@ struct Buffer {
   int64_t bytes;
   int64_t key[8];
   bool taken;
+  std::thread::id by;
 };
 std::mutex mutex;
 std::vector<Buffer> buffers;
@@ -30,9 +33,11 @@ void drop(size_t i) {
 
 void* take(int64_t bytes, const int64_t (&key)[8]) {
   const std::lock_guard<std::mutex> lock(mutex);
+  const std::thread::id by = std::this_thread::get_id();
   for (Buffer& b : buffers)
     if (!b.taken && b.bytes == bytes && !std::memcmp(b.key, key, sizeof key)) {
       b.taken = true;
+      b.by = by;
       return b.at;
     }
   int64_t retained = bytes;
@@ -42,10 +47,14 @@ void* take(int64_t bytes, const int64_t (&key)[8]) {
       i++;
     else
       retained -= buffers[i].bytes, drop(i);
-  Buffer b{nullptr, bytes, {}, true};
+  Buffer b{nullptr, bytes, {}, true, by};
   std::memcpy(b.key, key, sizeof key);
   // calloc of much memory maps it: pages nobody touches are never there.
-  if (bytes < 0 || bytes > int64_t(1) << 44 || !(b.at = std::calloc(bytes / 64 + 2, 64))) throw std::bad_alloc();
+  if (bytes < 0 || bytes > int64_t(1) << 44 || !(b.at = std::calloc(bytes / 64 + 2, 64))) {
+    for (Buffer& other : buffers)  // the call ends here, and gives nothing back
+      if (other.by == by) other.taken = false;
+    throw std::bad_alloc();
+  }
   buffers.push_back(b);
   return b.at;
 }
@@ -58,7 +67,7 @@ void give(void* at) {
 
 std::vector<Profile> profile;
 size_t settled = 0;  // of its entries
-bool recording = false;
+std::atomic<bool> recording{false};
 
 void record(int layer, int rule, double seconds) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -126,8 +135,11 @@ void settle_profile(const Network& net, int64_t tasks, int64_t support, int64_t 
 }
 
 int64_t profile_entries(const Profile** entries) {
-  *entries = profile.data();
-  return int64_t(profile.size());
+  thread_local std::vector<Profile> copy;  // others may go on recording
+  const std::lock_guard<std::mutex> lock(mutex);
+  copy = profile;
+  *entries = copy.data();
+  return int64_t(copy.size());
 }
 
 }  // namespace maml_ext::engine
