@@ -5,6 +5,9 @@
     cpu             the CPU kernels; no compiler is an error.
     none            nothing: the pure-Python package.
 
+``MAML_EXT_SANITIZE=1`` compiles with AddressSanitizer and UndefinedBehaviorSanitizer (GCC), beside it
+``maml_ext._planted`` with bugs for them to find. It loads in a process that preloads libasan: see `make sanitize`.
+
 The binary uses torch's stable ABI at target 2.10 and Python's limited API: one file serves every torch from
 2.10 on and every Python from 3.10 on.
 """
@@ -20,6 +23,28 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_comp
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020a000000000000"  # 2.10
 
+OPTIMIZED = ["-O3", "-g0"]
+# Python's own flags define overflow (-fwrapv), which would hide it.
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", "-D_GLIBCXX_ASSERTIONS"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def extension(name: str, sources: list, sanitize: bool, **options) -> CppExtension:
+    return CppExtension(
+        name,
+        sources,
+        py_limited_api=True,
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
+        extra_compile_args=[
+            *(SANITIZED + SANITIZERS if sanitize else OPTIMIZED),
+            *("-std=c++17", "-Wall", "-Wno-psabi", "-ffp-contract=fast", "-fvisibility=hidden"),
+            # Paths of this machine get into error messages and debug information otherwise.
+            *(f"-ffile-prefix-map={path}/=" for path in (ROOT, *include_paths())),
+        ],
+        extra_link_args=SANITIZERS if sanitize else [],
+        **options,
+    )
+
 
 def extensions() -> list:
     build = os.environ.get("MAML_EXT_BUILD", "auto")
@@ -33,18 +58,12 @@ def extensions() -> list:
             raise SystemExit(f"MAML_EXT_BUILD=cpu: no C++ compiler found ({compiler}); set CXX or install one")
         print(f"maml_ext: no C++ compiler found ({compiler}): installing without compiled kernels")
         return []
-    return [
-        CppExtension(
-            "maml_ext._C",
-            sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
-            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
-            py_limited_api=True,
-            define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
-            # Paths of this machine get into error messages and debug information otherwise.
-            extra_compile_args=["-O3", "-std=c++17", "-Wall", "-Wno-psabi", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
-            + [f"-ffile-prefix-map={path}/=" for path in (ROOT, *include_paths())],
-        )
-    ]
+    sanitize = os.environ.get("MAML_EXT_SANITIZE") == "1"
+    sources, headers = (
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(pattern)) for pattern in ("*.cpp", "*.h")
+    )
+    planted = [extension("maml_ext._planted", ["tests/planted.cpp"], sanitize)] if sanitize else []
+    return [extension("maml_ext._C", sources, sanitize, depends=headers), *planted]
 
 
 setup(
