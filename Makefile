@@ -31,14 +31,13 @@ test: install
 # and Python free nothing at exit (leaks), and the engine asks for memory that may not be there (null).
 SANITIZED := out/sanitize
 SANITIZE_TESTS := tests/test_engine.py tests/test_engine_fuzz.py tests/test_sgd_update.py
-sanitize: export MAML_EXT_SANITIZE = 1
 sanitize: install
 	mkdir -p $(SANITIZED)
-	MAML_EXT_BUILD=cpu CXX=g++ $(PY) setup.py --quiet build --build-base $(SANITIZED) \
+	MAML_EXT_SANITIZE=1 MAML_EXT_BUILD=cpu CXX=g++ $(PY) setup.py --quiet build --build-base $(SANITIZED) \
 		--build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/objects >$(SANITIZED).log 2>&1 || ! cat $(SANITIZED).log
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONPATH=$(SANITIZED)/lib $(VENV)/bin/pytest --capture=sys $(SANITIZE_TESTS) $(ARGS)
+	MAML_EXT_SANITIZE=1 PYTHONPATH=$(SANITIZED)/lib $(VENV)/bin/pytest --capture=sys $(SANITIZE_TESTS) $(ARGS)
 
 demo: install
 	$(PY) -m examples.demo $(ARGS)

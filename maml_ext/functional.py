@@ -232,8 +232,11 @@ def check_labels(engine: compiled.Compiled, name: str, x: Tensor, y) -> None:
 
 def _compiled(function, engine: compiled.Compiled, name: str, x: Tensor, y, *arguments):
     """Apply one of the Functions of ``compiled``; labels that it refuses are an error of argument ``name``."""
+    inputs = [*arguments, x, *losses.split(engine.loss, y)]
+    if not torch.is_grad_enabled():  # a Function would be told that gradients are wanted all the same
+        inputs = detached(inputs)
     try:
-        return function.apply(engine, *arguments, x, *losses.split(engine.loss, y))
+        return function.apply(engine, *inputs)
     except RuntimeError:
         check_labels(engine, name, x, y)
         raise

@@ -2,6 +2,9 @@
 // anonymous namespace and uses no std template: an inline function that builds share could be the one for AVX-512 on
 // a machine without it.
 #include "engine.h"
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace maml_ext::engine {
 namespace {

@@ -7,10 +7,12 @@ template <class T>
 struct Frame {
   T *values, *gradients, *saved;
   int64_t samples, count;
+  bool reuse;  // gradients take the place of values that are spent
 
   INLINE T* value(const Value& v, int64_t n = 0) const { return values + v.at * samples + n * v.image + v.origin; }
   INLINE T* gradient(const Value& v, int64_t n = 0) const {
-    return gradients + v.at * samples + n * v.image + v.origin;
+    T* all = reuse && v.spent ? values + v.at * samples : gradients + v.gradient_at * samples;
+    return all + n * v.image + v.origin;
   }
   INLINE T* statistics(const Layer& l) const { return saved + l.saved + samples * l.saved_sample; }
 };

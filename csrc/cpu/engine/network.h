@@ -24,7 +24,9 @@ struct Value {
   int64_t c, h, w;
   int64_t pitch, row, image, origin;
   int64_t halo_h, halo_w;
-  int64_t at;  // of sample 0, in elements and for one sample: times the samples of the frame
+  int64_t at;           // of sample 0, in elements and for one sample: times the samples of the frame
+  int64_t gradient_at;  // likewise of its gradient
+  bool spent;           // nobody reads the value once its gradient is there, which may take its place
 };
 
 // A parameter tensor. Inside the engine filters are [taps][inputs][outputs rounded up], so that an output vector is
@@ -97,6 +99,7 @@ struct Network {
   Loss loss;
   int64_t adapted, fixed, transposed;   // extents of the engine's vectors: parameters, constants, transposed filters
   int64_t frame_sample, frame_saved, frame_saved_sample;  // elements of a frame: values of a sample; statistics
+  int64_t frame_unspent;                // of the gradients of a sample that do not take a value's place
   bool batch_statistics;
   bool input_active;                    // the input has a gradient and a tangent
   const bool* needs_gradient;           // of each value

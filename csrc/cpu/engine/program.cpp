@@ -335,6 +335,14 @@ void Builder::lay_out() {
     widen(out.halo_h, (in.h - 1 + l.top) / l.sh - (out.h - 1));
     widen(out.halo_w, (in.w - 1 + l.left) / l.sw - (out.w - 1));
   }
+  // A block writes the gradient at its input where it has just read the input, and a contraction does not look at
+  // what it has put out.
+  for (const Layer& l : layers)
+    if (l.kind == kContract) values[l.out].spent = l.out != last;
+  std::vector<int> readers(values.size());
+  for (const Layer& l : layers)
+    for (const int v : {l.in, l.second})
+      if (v >= 0 && (++readers[v] > 1 || l.kind != kBlock)) values[v].spent = false;
   int64_t at = 0;
   for (size_t v = 0; v < values.size(); v++) {
     Value& value = values[v];
@@ -350,6 +358,15 @@ void Builder::lay_out() {
     require(value.image < std::numeric_limits<int32_t>::max() / 256, "a sample is too large");
   }
   network.frame_sample = at;
+  int64_t gradient_at = 0;
+  for (const bool spent : {false, true}) {
+    for (size_t v = 0; v < values.size(); v++)
+      if (used[v] && values[v].spent == spent) {
+        values[v].gradient_at = gradient_at;
+        gradient_at += values[v].image;
+      }
+    if (!spent) network.frame_unspent = gradient_at;
+  }
 
   int64_t adapted = 0, fixed = 0, transposed = 0;
   for (Slot& s : slots) {

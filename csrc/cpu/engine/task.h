@@ -8,7 +8,12 @@ struct Bump {
   template <class T>
   T* take(int64_t count) {
     T* result = base ? (T*)(base + used) : nullptr;
-    used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    const int64_t end = used + count * int64_t(sizeof(T));
+    used = (end + 63) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+    used += 64;  // what lies between two allocations may not be touched
+    if (base) __asan_poison_memory_region(base + end, used - end);
+#endif
     return result;
   }
 };
@@ -75,25 +80,28 @@ struct Task {
   T* transposed_at(int64_t k) const { return transposed + (kept_frames ? k : 0) * net.transposed; }
   const Frame<T>& frame_at(int64_t k) const { return frames[kept_frames ? k : 0]; }
 
-  Frame<T> frame(Bump& m, int64_t samples) const {
+  // `once`: nothing is computed from the values after the gradients.
+  Frame<T> frame(Bump& m, int64_t samples, bool once) const {
     Frame<T> f{};
     f.samples = f.count = samples;
+    f.reuse = once;
     f.values = m.take<T>(net.frame_sample * samples);
-    f.gradients = m.take<T>(net.frame_sample * samples);
+    f.gradients = m.take<T>(call.mode == kPredict ? 0 : (once ? net.frame_unspent : net.frame_sample) * samples);
     f.saved = m.take<T>(net.frame_saved + net.frame_saved_sample * samples);
     return f;
   }
 
   void lay_out(Bump& m) {
     const int64_t support = call.support.samples, asked = call.query.samples;
+    const bool twice = differentiates_twice(call);
     frames = m.take<Frame<T>>(larger<int64_t>(1, kept_frames));
     if (support)
       for (int64_t k = 0; k < larger<int64_t>(1, kept_frames); k++) {
-        const Frame<T> f = frame(m, support);
+        const Frame<T> f = frame(m, support, !twice);
         if (m.base) frames[k] = f;
       }
-    if (asked) query = frame(m, asked);
-    if (differentiates_twice(call)) tangent = frame(m, larger(call.mode == kMeta ? 0 : asked, support));
+    if (asked) query = frame(m, asked, call.mode == kMeta || !twice);
+    if (twice) tangent = frame(m, larger(call.mode == kMeta ? 0 : asked, support), false);
     theta = m.take<T>(net.adapted * (many_thetas() ? call.steps + 1 : 2));
     constants = m.take<T>(net.fixed);
     gradients = m.take<T>(net.adapted * (many_gradients() ? larger<int64_t>(1, call.steps) : 1));
@@ -383,7 +391,8 @@ struct Task {
         give_back(y, c.t.value(y) - y.origin, call.prediction, t, call.query, query, false, 1);
         // The cotangent is held: its tangent is 0. (Its gradient is what was just given back.)
         for (int64_t n = 0; n < query.count; n++)
-          for (int64_t i = 0; i < y.h * y.row; i++) c.t.gradient(y, n)[i] = 0;
+          for (int64_t i = 0; i < y.h; i++)
+            for (int64_t j = 0; j < y.w * y.pitch; j++) c.t.gradient(y, n)[i * y.row + j] = 0;
       } else {
         loss<Dual>(query, call.query, t, compact, 1);
       }
@@ -417,7 +426,7 @@ template <class T>
 Task<T> plan_task(const Call<T>& call, const Machine& machine, Crew crew, int64_t& bytes) {
   Task<T> task{call, machine, *call.net, crew};
   const int64_t frame = (2 * call.net->frame_sample + call.net->frame_saved_sample) * call.support.samples * sizeof(T);
-  task.kept_frames = call.mode == kMeta && !call.first_order && frame * call.steps <= kKeepFrames ? call.steps : 0;
+  task.kept_frames = call.mode == kMeta && !call.first_order && call.steps <= kKeepFrames / larger<int64_t>(1, frame) ? call.steps : 0;
   Bump count{nullptr, 0};
   task.lay_out(count);
   bytes = count.used;
