@@ -307,7 +307,8 @@ def check_data(names: tuple[str, str], x, y, theta: Tensor, named_loss: bool) ->
     for name, leaf in tensors:
         if leaf.dim() == 0 or leaf.shape[0] != first.shape[0]:
             raise ValueError(
-                f"{name}: expected {first.shape[0]} tasks like {names[0]}, got {leaf.shape[0] if leaf.dim() else 'a scalar'}"
+                f"{name}: expected {first.shape[0]} tasks like {names[0]}, got "
+                f"{leaf.shape[0] if leaf.dim() else 'a scalar'}"
             )
         if leaf.shape[0] == 0 or leaf.dim() > 1 and leaf.shape[1] == 0:
             raise ValueError(f"{name}: expected at least one task and one sample, got {list(leaf.shape)}")

@@ -164,7 +164,8 @@ def resolve(loss: str | Callable) -> Callable:
             raise ValueError(f"loss: expected one of {', '.join(map(repr, LOSSES))} or a callable, got {loss!r}")
         return LOSSES[loss]
     if not callable(loss):
-        raise TypeError(f"loss: expected a name or a callable (prediction, target) -> scalar, got {type(loss).__name__}")
+        got = type(loss).__name__
+        raise TypeError(f"loss: expected a name or a callable (prediction, target) -> scalar, got {got}")
     return recognise(loss) or loss
 
 
@@ -241,7 +242,8 @@ def check_fit(loss: Loss, name: str, target, prediction: torch.Size, dtype: torc
         if target.dtype != torch.int64:
             raise TypeError(f"{name}: expected int64 labels (or soft labels in {dtype}), got {target.dtype}")
         if len(prediction) < 2:
-            raise ValueError(f"loss: 'cross_entropy' needs predictions [N, classes, ...], got {list(prediction)} a task")
+            got = f"{list(prediction)} a task"
+            raise ValueError(f"loss: 'cross_entropy' needs predictions [N, classes, ...], got {got}")
         expected = prediction[:1] + prediction[2:]
         if shape != expected:
             raise ValueError(f"{name}: expected labels {['T', *expected]}, got {list(target.shape)}")

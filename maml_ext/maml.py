@@ -132,12 +132,13 @@ class MAML(nn.Module):
             name, reasons, program = "torch", [engine, *chosen.reasons], []
             how = "all at once (torch.vmap)" if chosen.vmapped else "one after another"
             way = "reverse over reverse"
+        held = f"theta_1 .. theta_{self.steps}, {kept / 2**20:.1f} MiB" if self.steps else "nothing"
         lines = [
             f"engine         {name}",
             f"tasks          {tasks}, {how}",
             f"inner loop     {self.steps} steps on {layout.size:,} parameters ({len(layout.sizes)} tensors)",
             f"meta-gradient  {self.meta_gradient}: {self._meta_gradient_cost(way)}",
-            f"kept           theta_1 .. theta_{self.steps}, {kept / 2**20:.1f} MiB" if self.steps else "kept           nothing",
+            f"kept           {held}",
             *(f"because        {reason}" for reason in reasons),
             *program,
         ]

@@ -17,6 +17,7 @@ from . import losses
 from .per_task import TaskMap
 from .reference import Problem, hvp, task_loss
 from .stateless import Layout, stateless
+from .tracing import first_line
 
 # vmap turns convolutions with weights of their own for each task into grouped ones, which on a CPU cost more than
 # the overhead they save from about this many multiply-adds a task (measured: 4 blocks, 16 to 64 filters, 28 x 28).
@@ -140,7 +141,7 @@ def _examine(module, layout, theta, x, y, loss, names) -> Plan:
                 if failure:
                     break
         if not failure:
-            reasons += [_first_line(w.message) for w in caught if "performance drop" in str(w.message)]
+            reasons += [first_line(w.message) for w in caught if "performance drop" in str(w.message)]
             return Plan(vmapped, shared, seen.random, not twice, prediction, tuple(reasons))
         if (vmapped, shared) == (True, False):
             reasons.append(f"tasks run one after another: torch.vmap cannot run them all at once: {failure}")
@@ -169,7 +170,7 @@ def _try(function: Callable, *arguments) -> str:
     try:
         function(*arguments)
     except Exception as error:
-        return f"{type(error).__name__}: {_first_line(error)}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return ""
 
 
@@ -203,7 +204,7 @@ def _try_one_task(problem: Problem, theta, one, loss, y, names) -> torch.Size | 
         prediction = problem.predict(theta, *one)
     except Exception as error:
         raise ValueError(
-            f"{names[0]}: the module failed on one task, {_shapes(x)}: {type(error).__name__}: {_first_line(error)}"
+            f"{names[0]}: the module failed on one task, {_shapes(x)}: {type(error).__name__}: {first_line(error)}"
         ) from error
     shape = prediction.shape if isinstance(prediction, Tensor) else None
     if shape is None and (loss is None or losses.recognise(loss) is not None):
@@ -216,7 +217,7 @@ def _try_one_task(problem: Problem, theta, one, loss, y, names) -> torch.Size | 
         except Exception as error:
             raise ValueError(
                 f"{names[1]}: the loss failed on one task, prediction {_shapes(prediction)} and target "
-                f"{_shapes(target)}: {type(error).__name__}: {_first_line(error)}"
+                f"{_shapes(target)}: {type(error).__name__}: {first_line(error)}"
             ) from error
         if not isinstance(value, Tensor) or value.dim():
             raise ValueError(f"loss: expected a scalar tensor for one task, got {_shapes(value)}")
@@ -251,10 +252,6 @@ class _Operators(TorchDispatchMode):
         if func is torch.ops.aten.convolution.default:
             self.convolved += result.numel() * args[1][0].numel()
         return result
-
-
-def _first_line(error) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 def _shapes(value) -> str:

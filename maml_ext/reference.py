@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from . import losses
 from .per_task import Rule, TaskMap, per_task
 from .rates import expand_rate, rate_of_step, reduce_rate
-from .stateless import PlainNorms, Layout
+from .stateless import Layout, PlainNorms
 
 
 @dataclass

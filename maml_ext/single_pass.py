@@ -33,7 +33,7 @@ REMEMBERED = 64
 
 
 def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
-    """The losses of ``maml`` (a ``MAML``) on (support_x, support_y, query_x, query_y); None where it takes two passes."""
+    """The losses of ``maml`` on (support_x, support_y, query_x, query_y); None where it takes two passes."""
     if not torch.is_grad_enabled() or maml.backend == "torch" or compiled.transformed():
         return None
     loss = losses.recognise(maml.loss)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from examples.demo import evaluation
-from maml_ext.ops import library
 from examples.demo.__main__ import main
 from examples.demo.training import QUICK, MetaTraining, PreTraining, Settings
+from maml_ext.ops import library
 
 SCRIPTS = {"Armenian", "Georgian", "Hebrew", "Lao", "N'Ko", "Tifinagh", "together"}
 

@@ -299,14 +299,19 @@ def test_every_instruction_set(isa):
     """Those that the machine lacks are replaced by the best it has."""
     code = (
         "import torch, maml_ext; from torch import nn; torch.manual_seed(0)\n"
-        "net = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.SiLU(), nn.Flatten(), nn.Linear(45, 3)).double()\n"
+        "head = nn.Flatten(), nn.Linear(45, 3)\n"
+        "net = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.SiLU(), *head).double()\n"
         "data = [torch.randn(2, 4, 2, 5, 5).double(), torch.randn(2, 4, 3).double()] * 2\n"
         "g = [torch.autograd.grad(maml_ext.MAML(net, lr=.1, steps=2, backend=b)(*data).sum(), list(net.parameters()))"
         " for b in ('compiled', 'torch')]\n"
         "print(max(float((a - b).norm() / (1e-9 + b.norm())) for a, b in zip(*g) if b.norm() > 1e-9))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"MAML_EXT_CPU": isa}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env=os.environ | {"MAML_EXT_CPU": isa},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 1e-10

@@ -229,7 +229,7 @@ def same(found, expected) -> bool:
 
 def copied(arguments):
     """Contiguous tensors that share no memory."""
-    return pytree.tree_map(lambda t: t.clone(memory_format=torch.contiguous_format) if isinstance(t, Tensor) else t, arguments)
+    return pytree.tree_map_only(Tensor, lambda t: t.clone(memory_format=torch.contiguous_format), arguments)
 
 
 # The properties.
@@ -267,7 +267,8 @@ def test_any_program_has_the_derivatives_of_its_values(random):
         assert agrees(lambda i=i, **at: p("pull", wanted2=[1, 1], **at)[i], gradient, at, along)
     assert agrees(lambda **at: p("predict", **at)[0].flatten(), tangents[0].flatten(), at, along)
 
-    names = ["query_y"] * (p.writer.loss[0] != LossKind.LABELS) + ["query_weight"] * (p.given["query_weight"] is not None)
+    names = ["query_y"] * (p.writer.loss[0] != LossKind.LABELS)
+    names += ["query_weight"] * (p.given["query_weight"] is not None)
     at |= {n: p.given[n] for n in names}
     along = direction(*at)
     loss, *gradients = p("score", wanted4=[1] * 4)
@@ -320,7 +321,8 @@ def test_how_tensors_lie_in_memory_does_not_matter(name, random):
     )
     tensors = [n for n, t in arguments.items() if isinstance(t, Tensor)]
     for n in tensors:
-        alike = [m for m in tensors if arguments[m].shape == arguments[n].shape and arguments[m].dtype == arguments[n].dtype]
+        form = lambda n: (arguments[n].shape, arguments[n].dtype)  # noqa: E731
+        alike = [m for m in tensors if form(m) == form(n)]
         arguments[n] = arguments[random.choice(alike)]
     found = outcome(name, arguments)
     assert not isinstance(found, str), found
@@ -417,7 +419,8 @@ def bend(random, arguments) -> None:
         value = bent_list(random, value, lambda t: bent_tensor(random, t) if isinstance(t, Tensor) else t)
         value = [v for v in value if isinstance(v, Tensor)]
     else:
-        value = bent_list(random, value, lambda i: i + random.choice([-1, 1]) if random.random() < 0.4 else random.choice(ODD))
+        bend = lambda i: i + random.choice([-1, 1]) if random.random() < 0.4 else random.choice(ODD)  # noqa: E731
+        value = bent_list(random, value, bend)
     arguments[name] = value
 
 

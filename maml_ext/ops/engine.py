@@ -128,7 +128,8 @@ def _loop(name: str) -> Callable:
 
 def _define(name: str, arguments: str, fake: Callable, rule: Callable) -> None:
     def formula(*_):
-        raise RuntimeError(f"maml_ext::{name} runs on CPU tensors of the compiled package: {library.ABSENT or 'no CPU'}")
+        why = library.ABSENT or "no CPU"
+        raise RuntimeError(f"maml_ext::{name} runs on CPU tensors of the compiled package: {why}")
 
     library.define(
         f"{name}({_PROGRAM}, {arguments}) -> Tensor[]",
@@ -283,7 +284,7 @@ def _meta_rule(arguments, outputs, cotangents):
     """Gradients were computed along with the losses: constants, fit for a backward pass nobody differentiates."""
     if torch.is_grad_enabled() or any(c is not None for c in cotangents[1:]):
         _refuse("meta")(arguments, outputs, cotangents)
-    theta, lr, reduce, wanted = arguments[3], arguments[4], arguments[13], arguments[14]
+    theta, reduce, wanted = arguments[3], arguments[13], arguments[14]
     scale = cotangents[0]
     uniform = bool((scale == scale[0]).all()) if scale.numel() else True
     if not uniform and (reduce or wanted[0]):

@@ -40,7 +40,8 @@ struct Elu {
 struct Gelu {
   template <class T>
   static INLINE Jet<T> at(Vec<T> x, T, T) {
-    const Vec<T> cdf = T(0.5) * (1 + by_lane<T>(x * T(0.70710678118654752440), [](T v) { return T(__builtin_erf(v)); }));
+    const Vec<T> erf = by_lane<T>(x * T(0.70710678118654752440), [](T v) { return T(__builtin_erf(v)); });
+    const Vec<T> cdf = T(0.5) * (1 + erf);
     const Vec<T> density = T(0.39894228040143267794) * vector_exp<T>(T(-0.5) * x * x);
     return {x * cdf, cdf + x * density, density * (2 - x * x)};
   }

@@ -55,7 +55,6 @@ struct Block {
     e.y_t = ch.gamma_t * e.normal + ch.gamma * e.normal_t + ch.beta_t;
     return e;
   }
-  static INLINE V maybe(const T* at) { return at ? load<T>(at) : V{}; }
   static INLINE Jet<T> act(const Layer& l, V y) { return Act::template at<T>(y, T(l.a), T(l.b)); }
 
   // Calls f(n, row of out, channel k) for every line of vectors: parallel over samples.
@@ -93,7 +92,9 @@ struct Block {
     const T *x, *x_t;
     int64_t y;
 
-    INLINE Element element(int64_t at) const { return Block::element(l, ch, load<T>(x + at), maybe(x_t ? x_t + at : x_t)); }
+    INLINE Element element(int64_t at) const {
+      return Block::element(l, ch, load<T>(x + at), x_t ? load<T>(x_t + at) : V{});
+    }
   };
   static INLINE Line line(const Context<T>& c, const Layer& l, int64_t n, int64_t y, int64_t k, bool tangent) {
     const Value &in = c.in(l), &out = c.out(l);

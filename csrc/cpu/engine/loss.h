@@ -37,7 +37,7 @@ struct LossRule {
   const Value& v;
   Frame<T> f, t;               // t: where D is Dual
   Target<T> target, target_t;  // directions of y and weight, each null: 0
-  T *to_y, *to_weight;         // their gradients (D double) or the tangents of those (Dual), subtracted; null: not wanted
+  T *to_y, *to_weight;         // their gradients (D double) or the tangents of those (Dual); null: not wanted
   double sign;                 // of what goes to them
 
   static constexpr bool dual = sizeof(D) > sizeof(double);

@@ -134,7 +134,7 @@ INLINE void transpose_tile(Vec<T>* v) {
   }
 }
 
-// out[c][r] = in[r][c]. `rows` of `in` may be fewer than whole vectors; the columns of both are padded to whole vectors.
+// out[c][r] = in[r][c]. `rows` of `in` may be fewer than whole vectors; the columns of both are padded to those.
 template <class T>
 void transpose(const T* in, int64_t in_step, T* out, int64_t out_step, int64_t rows, int64_t columns) {
   constexpr int L = kLanes<T>;

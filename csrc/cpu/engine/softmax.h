@@ -29,7 +29,9 @@ struct Softmax {
     });
   }
 
-  static INLINE double probability(const Layer& l, T out) { return l.logarithm ? __builtin_exp(double(out)) : double(out); }
+  static INLINE double probability(const Layer& l, T out) {
+    return l.logarithm ? __builtin_exp(double(out)) : double(out);
+  }
 
   static void backward(const Context<T>& c, const Layer& l) {
     if (!c.net.needs_gradient[l.in]) return;

@@ -134,7 +134,7 @@ struct Task {
   }
   void rule(int which, int layer, const Context<T>& c) const {
     const Layer& l = net.layer[layer];
-    if (!net.has_tangent[l.out] && which != kForward) return;  // nothing adapted before it: neither tangent nor gradient
+    if (!net.has_tangent[l.out] && which != kForward) return;  // nothing adapted comes before it
     timed(layer, which, [&] { rules[4 * layer + which](c, l); });
   }
   void transpose(const Parameters<T>& p, T* to) const {
@@ -426,7 +426,8 @@ template <class T>
 Task<T> plan_task(const Call<T>& call, const Machine& machine, Crew crew, int64_t& bytes) {
   Task<T> task{call, machine, *call.net, crew};
   const int64_t frame = (2 * call.net->frame_sample + call.net->frame_saved_sample) * call.support.samples * sizeof(T);
-  task.kept_frames = call.mode == kMeta && !call.first_order && call.steps <= kKeepFrames / larger<int64_t>(1, frame) ? call.steps : 0;
+  const bool keeps = call.mode == kMeta && !call.first_order && call.steps <= kKeepFrames / larger<int64_t>(1, frame);
+  task.kept_frames = keeps ? call.steps : 0;
   Bump count{nullptr, 0};
   task.lay_out(count);
   bytes = count.used;
