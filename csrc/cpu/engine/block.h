@@ -144,7 +144,8 @@ struct Block {
         f(0, won, gy, gy_t);
       return;
     }
-    if (pooled) g /= T(s.l.divisor), g_t /= T(s.l.divisor);
+    const V part = splat<T>(pooled ? T(1) / T(s.l.divisor) : T(1));
+    g *= part, g_t *= part;
     tile(s.l, s.in, s.out, s.y, x, [&](int64_t at, int number) ALWAYS {
       const Element e = s.element(at);
       if (number >= 0)
@@ -241,6 +242,7 @@ struct Block {
       return;
     }
     if (l.statistics != kNoStatistics) statistics(c, l);
+    const V part = splat<T>(pooled && l.average ? T(1) / T(l.divisor) : T(1));
     lines(c, l, [&](int64_t n, int64_t y, int64_t k) {
       const Line s = line(c, l, n, y, k, false);
       T* to = c.f.value(out, n) + y * out.row + k;
@@ -256,7 +258,7 @@ struct Block {
           else
             result = (z > result) | (z != z) ? z : result;
         });
-        store<T>(to + x * out.pitch, pooled && l.average ? result / T(l.divisor) : result);
+        store<T>(to + x * out.pitch, result * part);
       }
     });
   }

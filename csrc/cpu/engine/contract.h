@@ -142,6 +142,8 @@ struct Contract {
   static void narrow_forward(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, const T* bias) {
     constexpr int L = kLanes<T>;
     const Value &in = c.in(l), &out = c.out(l);
+    typename Simd<T>::Int real;
+    for (int i = 0; i < L; i++) real[i] = i < in.c % L ? -1 : 0;
     for (int64_t o = 0; o < out.c; o++)
       for (int64_t n = 0; n < c.f.count; n += L) {
         const int64_t samples = smaller<int64_t>(L, c.f.count - n);
@@ -151,7 +153,10 @@ struct Contract {
           if (i < samples)
             for (int s = 0; s < count; s++) {
               const T *data = terms[s].data + (n + i) * in.image, *filter = terms[s].filter + o * in.pitch;
-              for (int64_t k = 0; k < in.pitch; k += L) sum[i] += load<T>(data + k) * load<T>(filter + k);
+              int64_t k = 0;
+              for (; k + L <= in.c; k += L) sum[i] += load<T>(data + k) * load<T>(filter + k);
+              // What is in the padding, a NaN of an earlier call perhaps, does not count.
+              if (k < in.c) sum[i] += select<T>(real, load<T>(data + k) * load<T>(filter + k), Vec<T>{});
             }
         }
         transpose_tile<T>(sum);

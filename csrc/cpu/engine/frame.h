@@ -71,5 +71,5 @@ struct Context {
 // A gradient that is stored by the first to reach it and added to by the others.
 template <class T>
 INLINE void put(T* at, Vec<T> value, bool add) {
-  store<T>(at, add ? load<T>(at) + value : value);
+  store<T>(at, load_or_zero<T>(add ? at : nullptr) + value);
 }

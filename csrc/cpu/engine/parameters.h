@@ -95,8 +95,7 @@ double dot(const Network& net, const T* a, const T* b) {
 template <class T>
 void combine_parameters(int64_t count, T* to, const T* base, const T* a, T scale, const T* rate) {
   for (int64_t i = 0; i < count; i += kLanes<T>) {
-    Vec<T> v = scale * load<T>(a + i);
-    if (rate) v *= load<T>(rate + i);
-    store<T>(to + i, base ? load<T>(base + i) + v : v);
+    const Vec<T> v = rate ? scale * load<T>(rate + i) * load<T>(a + i) : scale * load<T>(a + i);
+    store<T>(to + i, load_or_zero<T>(base ? base + i : nullptr) + v);
   }
 }

@@ -73,7 +73,7 @@ __attribute__((noinline)) void block_product(const Product<T>& p, int64_t row, i
     const T* start = p.accumulate ? c : p.start ? p.start + column : nullptr;
 #pragma GCC unroll 4
     for (int w = 0; w < W; w++)
-      store<T>(c + w * kLanes<T>, start ? load<T>(start + w * kLanes<T>) + sum[m][w] : sum[m][w]);
+      store<T>(c + w * kLanes<T>, load_or_zero<T>(start ? start + w * kLanes<T> : nullptr) + sum[m][w]);
   }
 }
 

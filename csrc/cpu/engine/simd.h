@@ -43,6 +43,14 @@ template <class T>
 INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
+// Where a sum may have no first term, it starts from these zeros: `start ? load(start) + v : v` must not be written.
+// GCC 12 makes a masked addition of it whose mask is the condition, one bit, so that only lane 0 is added.
+template <class T>
+alignas(MAML_VECTOR_BYTES) constexpr T kZeros[kLanes<T>] = {};
+template <class T>
+INLINE Vec<T> load_or_zero(const T* p) {
+  return load<T>(p ? p : kZeros<T>);
+}
 template <class T>
 INLINE T sum_of_lanes(Vec<T> v, int64_t lanes = kLanes<T>) {
   T sum = 0;
