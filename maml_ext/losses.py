@@ -76,9 +76,10 @@ class Loss:
         if self.kind == "mse":
             terms = (prediction - target).square()
         else:
-            distance = (prediction - target).abs()
-            inside = distance < self.delta
-            terms = torch.where(inside, 0.5 * distance.square(), self.delta * (distance - 0.5 * self.delta))
+            difference = prediction - target  # the square of its absolute value would have no curvature at 0
+            distance = difference.abs()
+            outside = self.delta * (distance - 0.5 * self.delta)
+            terms = torch.where(distance < self.delta, 0.5 * difference.square(), outside)
         return terms.mean() if reduction == "mean" else terms
 
     @property

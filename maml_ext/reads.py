@@ -180,9 +180,11 @@ class Reads:
             self._value(value.fget, name)
         elif isinstance(value, type) and not path and not issubclass(value, (nn.Module, BaseException)):
             for c in value.__mro__:
-                for part in vars(c).values() if not _is_library(c.__module__) else ():
+                for own, part in vars(c).items() if not _is_library(c.__module__) else ():
                     if isinstance(part, (types.FunctionType, staticmethod, classmethod, property)):
                         self._value(part, name)
+                    elif not own.startswith("__") and not hasattr(part, "__get__"):
+                        self._watch(id(c), vars(c), own, ())
         elif isinstance(value, (list, tuple, dict, set, frozenset)) and depth:
             for part in [*value, *value.values()] if isinstance(value, dict) else value:
                 self._value(part, name, depth=depth - 1)

@@ -279,6 +279,24 @@ def test_a_changed_setting_is_seen():
     assert maml_ext.MAML(module).explain(*batch[:2]).engine == "torch"
 
 
+def test_a_nan_is_gone_with_its_task():
+    """What stays of it in padding does not reach another task, or a later call in the same memory."""
+    module, batch = made("wide", torch.float64, 4)
+    expected = maml_ext.MAML(module, lr=0.05, steps=3)
+    good = [expected(*batch), expected.adapt(*batch[:2]).loss(*batch[2:])]
+    spoilt = batch._replace(support_y=batch.support_y.index_fill(0, torch.tensor([1]), 1e300))
+    for _ in range(2):
+        for losses in (expected(*spoilt), expected.adapt(*spoilt[:2]).loss(*spoilt[2:])):
+            assert losses.isfinite().tolist() == [True, False, True, True]
+        assert_close([expected(*batch), expected.adapt(*batch[:2]).loss(*batch[2:])], good)
+
+
+def test_a_padded_convolution_of_one_position_is_no_linear_layer():
+    module = nn.Conv2d(4, 1, 1, padding=1).double()
+    theta, x = maml_ext.flatten(module).detach(), torch.randn(2, 3, 4, 1, 1, dtype=torch.float64)
+    assert_close(*([maml_ext.network(module, theta, x, backend=b)] for b in ("compiled", "torch")))
+
+
 @pytest.mark.parametrize("name", ["wide", "max pool", "residual"])
 @pytest.mark.parametrize("tasks", [1, 3, 25])
 def test_the_same_bits_on_any_number_of_threads(name, tasks):

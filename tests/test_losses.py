@@ -485,3 +485,12 @@ def test_batch_norm_whose_samples_are_not_first():
     maml.adapt(x, y)
     with pytest.raises(ValueError, match="^support_x: .*batch norm with weights of samples needs the 4 samples"):
         maml.adapt(x, (y, torch.ones(TASKS, SHOTS)))
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_huber_has_its_curvature_where_prediction_and_target_agree(backend):
+    module = nn.Linear(2, 1, dtype=torch.float64)
+    theta, x = torch.zeros(3, dtype=torch.float64), torch.randn(1, 4, 2, dtype=torch.float64)
+    y, vector = torch.zeros(1, 4, 1, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    found = maml_ext.hvp(module, theta, x, y, vector, loss="huber", backend=backend)
+    torch.testing.assert_close(found, maml_ext.hvp(module, theta, x, y, vector, loss="mse", backend=backend) / 2)

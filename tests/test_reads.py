@@ -159,6 +159,33 @@ def test_attributes_are_seen_to_change_inside_of_containers():
     assert not fingerprint.matches()
 
 
+class Scales:
+    first = 2.0
+
+
+class ReadsAClass(nn.Module):
+    """By way of an attribute, or of a local name."""
+
+    def __init__(self, attribute):
+        super().__init__()
+        self.linear, self.attribute, self.scales = nn.Linear(2, 1), attribute, Scales
+
+    def forward(self, x):
+        scales = Scales
+        return self.linear(x) * (self.scales.first if self.attribute else scales.first)
+
+
+@pytest.mark.parametrize("attribute", [True, False])
+def test_the_data_of_a_class_is_seen_to_change(attribute, monkeypatch):
+    module, x, y = ReadsAClass(attribute), torch.randn(2, 3, 2), torch.randn(2, 3, 1)
+    maml, known = maml_ext.MAML(module), maml_ext.MAML(module, backend="torch")
+    before = maml(x, y, x, y)
+    monkeypatch.setattr(Scales, "first", 4.0)
+    after = maml(x, y, x, y)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, known(x, y, x, y))
+
+
 def test_losses_follow_a_global(monkeypatch):
     module, batch = Calls(lambda m, x: m.out(x) * SCALE, out=nn.Linear(3, 2)), vectors()
     module.anchor.requires_grad_(False)
