@@ -29,14 +29,12 @@ struct Combine {
   static void tangent_forward(const Context<T>& c, const Layer& l) {
     const bool moves_x = c.net.has_tangent[l.in], moves_y = l.second >= 0 && c.net.has_tangent[l.second];
     const T *x = c.f.value(c.in(l)), *y = l.second < 0 ? nullptr : c.f.value(second(c, l));
-    const T *x_t = c.t.value(c.in(l)), *y_t = l.second < 0 ? nullptr : c.t.value(second(c, l));
+    const T *x_t = moves_x ? c.t.value(c.in(l)) : nullptr, *y_t = moves_y ? c.t.value(second(c, l)) : nullptr;
     T* to = c.t.value(c.out(l));
     const T a = T(l.a), b = T(l.b);
     vectors(c, l, [&](int64_t i, int64_t j, int64_t o) {
-      Vec<T> sum{};
-      if (moves_x) sum += l.multiply ? load<T>(x_t + i) * load<T>(y + j) : a * load<T>(x_t + i);
-      if (moves_y) sum += l.multiply ? load<T>(x + i) * load<T>(y_t + j) : b * load<T>(y_t + j);
-      store<T>(to + o, sum);
+      const Vec<T> dx = load_or_zero<T>(x_t ? x_t + i : nullptr), dy = load_or_zero<T>(y_t ? y_t + j : nullptr);
+      store<T>(to + o, l.multiply ? dx * load<T>(y + j) + load<T>(x + i) * dy : a * dx + b * dy);
     });
   }
 
@@ -61,12 +59,12 @@ struct Combine {
   static void tangent_backward(const Context<T>& c, const Layer& l) {
     const T *g = c.f.gradient(c.out(l)), *g_t = c.t.gradient(c.out(l));
     auto side = [&](const Value& other, bool moving, T* to, T factor, bool first, bool add) {
-      const T *value = c.f.value(other), *tangent = c.t.value(other);
+      const T *value = c.f.value(other), *tangent = moving ? c.t.value(other) : nullptr;
       vectors(c, l, [&](int64_t i, int64_t j, int64_t o) {
         const int64_t mine = first ? i : j, theirs = first ? j : i;
-        Vec<T> sum = l.multiply ? load<T>(g_t + o) * load<T>(value + theirs) : load<T>(g_t + o) * factor;
-        if (l.multiply && moving) sum += load<T>(g + o) * load<T>(tangent + theirs);
-        put<T>(to + mine, sum, add);
+        const Vec<T> moved = load_or_zero<T>(tangent ? tangent + theirs : nullptr), gradient = load<T>(g_t + o);
+        const Vec<T> product = gradient * load<T>(value + theirs) + load<T>(g + o) * moved;
+        put<T>(to + mine, l.multiply ? product : gradient * factor, add);
       });
     };
     if (l.second >= 0 && c.net.needs_gradient[l.second])

@@ -142,8 +142,9 @@ struct Contract {
   static void narrow_forward(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, const T* bias) {
     constexpr int L = kLanes<T>;
     const Value &in = c.in(l), &out = c.out(l);
+    const int64_t last = (in.c - 1) / L * L;
     typename Simd<T>::Int real;
-    for (int i = 0; i < L; i++) real[i] = i < in.c % L ? -1 : 0;
+    for (int i = 0; i < L; i++) real[i] = last + i < in.c ? -1 : 0;
     for (int64_t o = 0; o < out.c; o++)
       for (int64_t n = 0; n < c.f.count; n += L) {
         const int64_t samples = smaller<int64_t>(L, c.f.count - n);
@@ -153,10 +154,9 @@ struct Contract {
           if (i < samples)
             for (int s = 0; s < count; s++) {
               const T *data = terms[s].data + (n + i) * in.image, *filter = terms[s].filter + o * in.pitch;
-              int64_t k = 0;
-              for (; k + L <= in.c; k += L) sum[i] += load<T>(data + k) * load<T>(filter + k);
+              for (int64_t k = 0; k < last; k += L) sum[i] += load<T>(data + k) * load<T>(filter + k);
               // What is in the padding, a NaN of an earlier call perhaps, does not count.
-              if (k < in.c) sum[i] += select<T>(real, load<T>(data + k) * load<T>(filter + k), Vec<T>{});
+              sum[i] += select<T>(real, load<T>(data + last) * load<T>(filter + last), Vec<T>{});
             }
         }
         transpose_tile<T>(sum);

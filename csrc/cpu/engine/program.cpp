@@ -313,8 +313,10 @@ void Builder::mark() {
 void Builder::lay_out() {
   for (Slot& s : slots) s.narrow = s.kind == kFilter && s.taps * s.groups == 1 && s.outputs <= network.lanes / 4;
   for (const Layer& l : layers)
-    if (l.kind == kContract && (values[l.in].h * values[l.in].w * values[l.out].h * values[l.out].w > 1 || l.top || l.left))
-      slots[l.weight].narrow = false;
+    if (l.kind == kContract) {
+      const Value &in = values[l.in], &out = values[l.out];
+      if (in.h * in.w * out.h * out.w > 1 || l.top || l.left) slots[l.weight].narrow = false;
+    }
   const int last = layers.empty() ? 0 : layers.back().out;
   std::vector<bool> used(values.size());
   used[0] = used[last] = true;
