@@ -1,26 +1,8 @@
 // The loss of a task with its gradient, and on dual numbers the derivative of both: one piece of code. The arithmetic
-// is double whatever the network's, since there is little of it and everything behind depends on it.
+// (engine/losses.h) is double whatever the network's: there is little of it and everything behind depends on it.
 //
 // With l_n the loss of sample n and z_n its share of the normaliser (1; for cross entropy its labels' class weights),
 //   L = sum w_n l_n / Z,  Z = sum w_n z_n        dL/dw_n = (l_n - L z_n) / Z
-
-struct Dual {
-  double value, tangent;
-  INLINE Dual(double v = 0, double t = 0) : value(v), tangent(t) {}
-};
-INLINE Dual operator+(Dual a, Dual b) { return {a.value + b.value, a.tangent + b.tangent}; }
-INLINE Dual operator-(Dual a, Dual b) { return {a.value - b.value, a.tangent - b.tangent}; }
-INLINE Dual operator*(Dual a, Dual b) { return {a.value * b.value, a.tangent * b.value + a.value * b.tangent}; }
-INLINE Dual operator/(Dual a, Dual b) {
-  const double q = a.value / b.value;
-  return {q, (a.tangent - q * b.tangent) / b.value};
-}
-INLINE double value_of(double x) { return x; }
-INLINE double value_of(Dual x) { return x.value; }
-INLINE double exponential_of(double x) { return __builtin_exp(x); }
-INLINE Dual exponential_of(Dual x) { return {__builtin_exp(x.value), __builtin_exp(x.value) * x.tangent}; }
-INLINE double logarithm_of(double x) { return __builtin_log(x); }
-INLINE Dual logarithm_of(Dual x) { return {__builtin_log(x.value), x.tangent / x.value}; }
 
 // The targets of a task; `kept` lists the samples of the frame among them (null: all).
 template <class T>
@@ -40,7 +22,7 @@ struct LossRule {
   T *to_y, *to_weight;         // their gradients (D double) or the tangents of those (Dual); null: not wanted
   double sign;                 // of what goes to them
 
-  static constexpr bool dual = sizeof(D) > sizeof(double);
+  static constexpr bool dual = is_dual<D>;
 
   static INLINE D number(const T* at, const T* tangent, int64_t i) {
     if constexpr (dual)
@@ -68,46 +50,11 @@ struct LossRule {
     return target.weight ? number(target.weight, target_t.weight, original(n)) : D(1);
   }
   INLINE void set_gradient(int64_t n, Place p, int64_t k, D g) const {
-    if constexpr (dual)
-      t.gradient(v, n)[p.frame + k] = T(g.tangent);
-    else
-      f.gradient(v, n)[p.frame + k] = T(g);
+    (dual ? t : f).gradient(v, n)[p.frame + k] = T(result_of(g));
   }
-  INLINE void add(T* to, int64_t at, D g) const {
-    if constexpr (dual)
-      to[at] += T(sign * g.tangent);
-    else
-      to[at] += T(sign * g);
-  }
+  INLINE void add(T* to, int64_t at, D g) const { to[at] += T(sign * result_of(g)); }
 
   bool classes() const { return net.loss.kind == kLabels || net.loss.kind == kSoftLabels; }
-
-  // One element of a loss that is a sum over elements: its value and derivatives by prediction and target.
-  INLINE void element(D p, D y, D& l, D& by_p, D& by_y) const {
-    const D d = p - y;
-    switch (net.loss.kind) {
-      case kHuber: {
-        const double delta = net.loss.parameter, side = value_of(d) < 0 ? -1 : 1;
-        const bool near = value_of(d) * side < delta;
-        l = near ? D(0.5) * d * d : D(delta) * (D(side) * d - D(0.5 * delta));
-        by_p = near ? d : D(delta * side);
-        by_y = D(0) - by_p;
-        break;
-      }
-      case kBinary: {
-        const double side = value_of(p) < 0 ? 1 : -1;
-        const D e = exponential_of(D(side) * p), rest = D(1) / (D(1) + e);
-        l = (side < 0 ? p : D(0)) - p * y + logarithm_of(D(1) + e);
-        by_p = (side < 0 ? rest : D(1) - rest) - y;
-        by_y = D(0) - p;
-        break;
-      }
-      default:
-        l = d * d;
-        by_p = D(2) * d;
-        by_y = D(-2) * d;
-    }
-  }
 
   INLINE int64_t label(int64_t n, int64_t position) const { return target.labels[original(n) * v.h * v.w + position]; }
 
@@ -130,17 +77,14 @@ struct LossRule {
       const D part(1.0 / (double(v.c) * v.h * v.w)), both = scale * part;
       each_position(n, [&](Place p, int64_t) {
         for (int64_t k = 0; k < v.c; k++) {
-          D one, by_p, by_y;
-          element(prediction(n, p, k), desired(p, k), one, by_p, by_y);
-          l = l + part * one;
-          set_gradient(n, p, k, both * by_p);
-          if (to_y) add(to_y, place(p, k), both * by_y);
+          const auto e = element_loss(net.loss.kind, net.loss.parameter, prediction(n, p, k), desired(p, k));
+          l = l + part * e.value;
+          set_gradient(n, p, k, both * e.by_prediction);
+          if (to_y) add(to_y, place(p, k), both * e.by_target);
         }
       });
       return l;
     }
-    // Cross entropy against q: l = - sum_k c_k q_k log p_k, with c the class weights.
-    const double smooth = net.loss.parameter / v.c, sharp = 1 - net.loss.parameter;
     const bool labels = net.loss.kind == kLabels;
     each_position(n, [&](Place p, int64_t position) {
       const int64_t right = labels ? label(n, position) : 0;
@@ -148,24 +92,14 @@ struct LossRule {
         for (int64_t k = 0; k < v.c; k++) set_gradient(n, p, k, D(0));
         return;
       }
-      double top = value_of(prediction(n, p, 0));
-      for (int64_t k = 1; k < v.c; k++) top = larger(top, value_of(prediction(n, p, k)));
-      D sum(0), all(0);
-      for (int64_t k = 0; k < v.c; k++) sum = sum + exponential_of(prediction(n, p, k) - D(top));
-      const D log_sum = logarithm_of(sum) + D(top);
-      auto mass = [&](int64_t k) {
-        const D q = labels ? D(right == k ? sharp + smooth : smooth) : D(sharp) * desired(p, k) + D(smooth);
-        return D(class_weight ? class_weight[k] : 1.0) * q;
-      };
-      for (int64_t k = 0; k < v.c; k++) {
-        l = l + mass(k) * (log_sum - prediction(n, p, k));
-        all = all + mass(k);
-      }
-      for (int64_t k = 0; k < v.c; k++) {
-        const D log_p = prediction(n, p, k) - log_sum;
-        set_gradient(n, p, k, scale * (all * exponential_of(log_p) - mass(k)));
-        if (to_y) add(to_y, place(p, k), D(0) - scale * D(sharp * (class_weight ? class_weight[k] : 1.0)) * log_p);
-      }
+      l = l + cross_entropy<double, D>(
+                  v.c, labels ? right : -1, net.loss.parameter, scale, [&](int64_t k) { return prediction(n, p, k); },
+                  [&](int64_t k) { return desired(p, k); },
+                  [&](int64_t k) { return class_weight ? double(class_weight[k]) : 1.0; },
+                  [&](int64_t k, D g) { set_gradient(n, p, k, g); },
+                  [&](int64_t k, D g) {
+                    if (to_y) add(to_y, place(p, k), g);
+                  });
     });
     return l;
   }

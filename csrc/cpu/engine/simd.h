@@ -62,6 +62,26 @@ INLINE Vec<T> select(typename Simd<T>::Int mask, Vec<T> a, Vec<T> b) {
   return mask ? a : b;
 }
 
+template <class T>
+INLINE T erf_of(T v) {
+  return T(__builtin_erf(v));
+}
+template <class T>
+INLINE T log1p_of(T v) {
+  return T(__builtin_log1p(v));
+}
+template <class T>
+INLINE T sin_of(T v) {
+  return T(__builtin_sin(v));
+}
+template <class T>
+INLINE T cos_of(T v) {
+  return T(__builtin_cos(v));
+}
+INLINE double exp_of(double v) { return __builtin_exp(v); }
+INLINE double log_of(double v) { return __builtin_log(v); }
+INLINE double sqrt_of(double v) { return __builtin_sqrt(v); }
+
 // A function of one lane applied to all: for what has no vector form here.
 template <class T, class F>
 INLINE Vec<T> by_lane(Vec<T> x, F f) {

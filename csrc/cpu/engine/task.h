@@ -175,7 +175,7 @@ struct Task {
                         data.to_weight ? data.to_weight + t * data.samples : nullptr, sign, class_weight};
     rule.t.samples = f.samples, rule.t.count = f.count;
     D value;
-    timed(kLosing, sizeof(D) > sizeof(double) ? kTangentBackward : kBackward, [&] { value = rule.run(); });
+    timed(kLosing, is_dual<D> ? kTangentBackward : kBackward, [&] { value = rule.run(); });
     return value;
   }
 
@@ -290,7 +290,7 @@ struct Task {
       const T* along = call.per_parameter ? direction : lambda;
       const Context<T> c = context(f, theta_at(k), transposed_at(k), along, hessian);
       tangent_pass(c);
-      loss<Dual>(f, call.support, t, compact, scale);
+      loss<Dual<double>>(f, call.support, t, compact, scale);
       all(kTangentBackward, c);
       update(lambda, lambda, hessian, scale, nullptr);
       if (net.input_active)
@@ -394,7 +394,7 @@ struct Task {
           for (int64_t i = 0; i < y.h; i++)
             for (int64_t j = 0; j < y.w * y.pitch; j++) c.t.gradient(y, n)[i * y.row + j] = 0;
       } else {
-        loss<Dual>(query, call.query, t, compact, 1);
+        loss<Dual<double>>(query, call.query, t, compact, 1);
       }
       all(kTangentBackward, c);
       store_theta_gradient(hessian, t);

@@ -1,5 +1,6 @@
-// Activations: the function with its first and second derivative. A new one is a struct here, its name in the enum
-// of network.h and its line in `with_activation`. What a caller does not use of the three is never computed.
+// Activations: the function with its first and second derivative, for the engines of every device. A new one is a
+// struct here, its name in the enum of network.h and its line in `with_activation`. What a caller does not use of the
+// three is never computed. Included where Vec<T> and the functions on it are defined: cpu/engine/simd.h, cuda/scalar.h.
 
 template <class T>
 struct Jet {
@@ -40,7 +41,7 @@ struct Elu {
 struct Gelu {
   template <class T>
   static INLINE Jet<T> at(Vec<T> x, T, T) {
-    const Vec<T> erf = by_lane<T>(x * T(0.70710678118654752440), [](T v) { return T(__builtin_erf(v)); });
+    const Vec<T> erf = by_lane<T>(x * T(0.70710678118654752440), [](T v) { return erf_of(v); });
     const Vec<T> cdf = T(0.5) * (1 + erf);
     const Vec<T> density = T(0.39894228040143267794) * vector_exp<T>(T(-0.5) * x * x);
     return {x * cdf, cdf + x * density, density * (2 - x * x)};
@@ -71,7 +72,7 @@ struct Softplus {
   static INLINE Jet<T> at(Vec<T> x, T beta, T threshold) {
     const Vec<T> scaled = x * beta, s = vector_sigmoid<T>(scaled);
     const auto linear = scaled > splat<T>(threshold);
-    const Vec<T> curved = by_lane<T>(vector_exp<T>(scaled), [](T v) { return T(__builtin_log1p(v)); }) / beta;
+    const Vec<T> curved = by_lane<T>(vector_exp<T>(scaled), [](T v) { return log1p_of(v); }) / beta;
     return {linear ? x : curved, linear ? splat<T>(1) : s, linear ? Vec<T>{} : beta * s * (1 - s)};
   }
 };
@@ -95,8 +96,8 @@ struct Sigmoid {
 struct Sine {
   template <class T>
   static INLINE Jet<T> at(Vec<T> x, T, T) {
-    const Vec<T> s = by_lane<T>(x, [](T v) { return T(__builtin_sin(v)); });
-    return {s, by_lane<T>(x, [](T v) { return T(__builtin_cos(v)); }), -s};
+    const Vec<T> s = by_lane<T>(x, [](T v) { return sin_of(v); });
+    return {s, by_lane<T>(x, [](T v) { return cos_of(v); }), -s};
   }
 };
 
