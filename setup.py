@@ -62,6 +62,7 @@ def extensions() -> list:
     sources, headers = (
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(pattern)) for pattern in ("*.cpp", "*.h")
     )
+    sources = [source for source in sources if not source.startswith("csrc/cuda/")]
     planted = [extension("maml_ext._planted", ["tests/planted.cpp"], sanitize)] if sanitize else []
     return [extension("maml_ext._C", sources, sanitize, depends=headers), *planted]
 

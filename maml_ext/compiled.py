@@ -1,6 +1,6 @@
-"""The CPU engine's side of ``inner_loop``, ``network``, ``task_loss``, ``hvp`` and of the single-pass meta-gradient.
+"""The compiled engines' side of ``inner_loop``, ``network``, ``task_loss``, ``hvp`` and of the single-pass meta-gradient.
 
-``choose`` says whether the engine can run a call, or why not. The Functions below compute values and first
+``choose`` says whether the engine of the tensors' device can run a call, or why not. The Functions below compute values and first
 derivatives by the operators of ``ops/engine.py``, second derivatives of the network and the loss too; a derivative
 beyond that (a backward pass that is itself recorded, by ``create_graph=True``) goes the reference's way, which is
 differentiable to any order: never through a gradient that was computed before and is a constant by now.
@@ -89,19 +89,21 @@ def unfit(theta: Tensor) -> str | None:
     if library.ABSENT:
         library.warn_if_absent()
         return f"there is no compiled engine: {library.ABSENT}"
-    if theta.device.type != "cpu":
-        return f"there is a compiled engine for the CPU only, the parameters are on {theta.device}"
+    if theta.device.type not in ("cpu", "cuda"):
+        return f"there are compiled engines for the CPU and CUDA only, the parameters are on {theta.device}"
+    if theta.is_cuda and library.cuda_absent():
+        return f"there are no CUDA kernels: {library.cuda_absent()}"
     if theta.dtype not in (torch.float32, torch.float64):
         return f"the compiled engine computes in float32 and float64, the parameters are {theta.dtype}"
-    return transformed()
+    return transformed(theta.device)
 
 
-def transformed() -> str | None:
+def transformed(device: torch.device) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active: the reference differentiates and batches inside it"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is active, which the reference has"
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(device.type):
         return "autocast is on, the compiled engine computes in the parameters' dtype"
     return None
 
@@ -122,7 +124,17 @@ def choose(module: nn.Module, layout: Layout, theta: Tensor, x, y, loss, backend
         return f"not a network the compiled engine knows: {network}"
     if network.fewest_positions * x.shape[1] == 1:
         return "one value a channel has no batch statistics"
-    return _with_loss(network, loss, y)
+    call = _with_loss(network, loss, y)
+    if theta.is_cuda and isinstance(call, Compiled):
+        misfit = cuda_misfit(call, theta.element_size(), _ops.cuda_shared_memory(theta.device.index))
+        if misfit:
+            return f"not a network that the CUDA kernels run: {misfit}"
+    return call
+
+
+def cuda_misfit(call: Compiled, element_size: int, shared_memory: int) -> str:
+    """Why the CUDA kernels cannot run a call on a device whose blocks have so many bytes of shared memory; "" if they can."""
+    return _ops.cuda_misfit(call.program, call.numbers, element_size, shared_memory)
 
 
 def _with_loss(network: Network, loss, y) -> Compiled | str:

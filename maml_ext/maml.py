@@ -124,8 +124,13 @@ class MAML(nn.Module):
         )
         kept = self.steps * tasks * layout.size * theta.element_size()
         if isinstance(engine, compiled.Compiled):
-            name, reasons = "cpu", compiled.caveats(engine)
-            how, way = "shared out over threads", "tangents of values and gradients, layer by layer"
+            reasons = compiled.caveats(engine)
+            if theta.is_cuda:
+                name, how = "cuda", "a thread block each, the whole inner loop in one launch"
+                way = "values and tangents in one pass"
+            else:
+                name, how = "cpu", "shared out over threads"
+                way = "tangents of values and gradients, layer by layer"
             program = [f"layer {line}" for line in compiled.describe(engine)]
         else:
             chosen = plan(self.module, layout, theta, support_x, support_y, self.loss, SUPPORT)

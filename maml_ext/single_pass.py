@@ -34,11 +34,11 @@ REMEMBERED = 64
 
 def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
     """The losses of ``maml`` on (support_x, support_y, query_x, query_y); None where it takes two passes."""
-    if not torch.is_grad_enabled() or maml.backend == "torch" or compiled.transformed():
+    if not torch.is_grad_enabled() or maml.backend == "torch":
         return None
     loss = losses.recognise(maml.loss)
     tensors = _tensors(data)
-    if loss is None or tensors is None:
+    if loss is None or tensors is None or compiled.transformed(tensors[0].device):
         return None
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         return None

@@ -1,4 +1,4 @@
-"""The operators of the CPU engine: whole inner loops, losses with gradients, and their derivatives, in one call each.
+"""The operators of the compiled engines: whole inner loops, losses with gradients, and their derivatives, in one call each.
 
 Every operator takes a network program (``maml_ext.recognise`` says what its integers and numbers mean), the
 constants it refers to, parameters ``theta`` (``[P]`` or ``[T, P]``) and data of all tasks (``[T, N, ...]``), and
@@ -27,6 +27,7 @@ from torch import Tensor
 from . import library
 
 library.declare("vector_bytes() -> int")
+library.declare("cuda_misfit(int[] program, float[] numbers, int element_size, int shared_memory) -> str")
 library.declare("record(bool on) -> ()")
 library.declare("recorded(Tensor like) -> Tensor")
 
@@ -128,8 +129,8 @@ def _loop(name: str) -> Callable:
 
 def _define(name: str, arguments: str, fake: Callable, rule: Callable) -> None:
     def formula(*_):
-        why = library.ABSENT or "no CPU"
-        raise RuntimeError(f"maml_ext::{name} runs on CPU tensors of the compiled package: {why}")
+        why = library.ABSENT or f"nor on others: {library.cuda_absent() or 'all tensors must be on one device'}"
+        raise RuntimeError(f"maml_ext::{name} runs on CPU and CUDA tensors of the compiled package: {why}")
 
     library.define(
         f"{name}({_PROGRAM}, {arguments}) -> Tensor[]",
