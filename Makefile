@@ -6,7 +6,7 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(or $(MAML_EXT_BUILD),auto)
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: help install test sanitize demo benchmark doctor wheel clean
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,14 +15,23 @@ import maml_ext
 from maml_ext.ops import library
 
 ROOT = Path(__file__).parent.parent
+VARIABLES = ("MAML_EXT_BUILD", "CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
 
 
 def setup(*arguments, cwd=ROOT, **environment):
     """Run setup.py; the environment variables given replace those of this process."""
-    variables = {k: v for k, v in os.environ.items() if k not in ("MAML_EXT_BUILD", "CXX")} | environment
+    variables = {k: v for k, v in os.environ.items() if k not in VARIABLES} | environment
     return subprocess.run(
         [sys.executable, "setup.py", *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=300
     )
+
+
+def setup_script():
+    """setup.py, which builds nothing when it is imported."""
+    specification = importlib.util.spec_from_file_location("maml_ext_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def test_installed_packages():
@@ -46,6 +56,67 @@ def test_cpu_build_insists_on_a_compiler():
     assert result.returncode != 0 and "no C++ compiler found (no-such-compiler)" in result.stderr
 
 
+def test_cuda_build_insists_on_nvcc(tmp_path):
+    result = setup("--name", MAML_EXT_BUILD="cuda", CUDA_HOME=str(tmp_path))
+    assert result.returncode != 0 and "no nvcc found: set CUDA_HOME" in result.stderr
+
+
+def test_cuda_build_insists_on_a_compiler():
+    result = setup("--name", MAML_EXT_BUILD="cuda", CXX="no-such-compiler")
+    assert result.returncode != 0 and "MAML_EXT_BUILD=cuda: no C++ compiler found" in result.stderr
+
+
+@pytest.mark.parametrize("cuda, finds, expected", [("13.0", True, True), ("13.0", False, False), (None, True, False)])
+def test_auto_builds_cuda_kernels_for_cuda_builds_of_torch_where_there_is_nvcc(
+    cuda, finds, expected, monkeypatch, tmp_path, capsys
+):
+    """Whether a GPU is plugged in is not asked."""
+    module = setup_script()
+    monkeypatch.setattr(module.torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path) if finds else tmp_path))
+    assert (module.wanted_nvcc("auto") is not None) == expected
+    assert ("installing without CUDA kernels" in capsys.readouterr().out) == (cuda is not None and not finds)
+
+
+def fake_nvcc(folder: Path) -> Path:
+    """A toolkit whose nvcc knows two of the architectures that are wanted, and one that is not."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "nvcc").write_text("#!/bin/sh\necho compute_80\necho compute_87\necho compute_90\n")
+    (folder / "bin" / "nvcc").chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "wanted, expected",
+    [
+        (None, ["8.0", "9.0+PTX"]),
+        ("", ["8.0", "9.0+PTX"]),
+        ("8.0;9.0+PTX", ["8.0", "9.0+PTX"]),
+        ("8.0 8.6", ["8.0", "8.6"]),
+        ("9.0a", ["9.0a"]),
+        ("Hopper", None),
+        ("90", None),
+    ],
+)
+def test_architectures(wanted, expected, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path)))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    nvcc = setup_script().Nvcc.find()
+    if expected is None:
+        with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected"):
+            nvcc.architectures()
+    else:
+        assert nvcc.architectures() == expected
+
+
+def test_ptx_is_beside_the_code_of_its_architecture():
+    expected = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_120,code=[sm_120,compute_120]"]
+    assert setup_script().Nvcc.targets(["8.0", "12.0+PTX"]) == expected
+
+
 def test_auto_build_does_without_a_compiler_and_says_so():
     result = setup("--name", CXX="no-such-compiler")
     assert result.returncode == 0 and "installing without compiled kernels" in result.stdout
@@ -53,7 +124,7 @@ def test_auto_build_does_without_a_compiler_and_says_so():
 
 def test_unknown_build_is_refused():
     result = setup("--name", MAML_EXT_BUILD="gpu")
-    assert result.returncode != 0 and "expected auto, cpu or none, got 'gpu'" in result.stderr
+    assert result.returncode != 0 and "expected auto, cpu, cuda or none, got 'gpu'" in result.stderr
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="there is no C++ compiler")

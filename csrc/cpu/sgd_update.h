@@ -4,21 +4,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "../segment.h"
+
 namespace maml_ext {
-
-// `rows` runs of `size` consecutive elements, `pitch` apart, with either one rate for all of them or `size` rates
-// that every row shares. A flat [T, P] with a rate per tensor is n segments of T rows; a list is a segment a tensor.
-template <class scalar>
-struct Segment {
-  const scalar* first;  // theta (sgd_update; null: zeros) or cotangent (sgd_rate_gradient)
-  const scalar* grad;
-  const scalar* lr;
-  scalar* out;  // sgd_update: laid out like grad; sgd_rate_gradient: like lr
-  int64_t rows, size, pitch;
-  bool per_parameter;
-
-  int64_t elements() const { return rows * size; }
-};
 
 // out = first - lr * grad for the elements [begin, end) of all segments in a row.
 // Moves 3 scalars an element (2 where first is null), each once.

@@ -23,7 +23,17 @@ except ModuleNotFoundError:
 except ImportError as error:
     ABSENT = f"maml_ext._C does not load: {error}"
 
+CUDA_ABSENT = "the installed package was built without CUDA kernels: MAML_EXT_BUILD=cuda builds them"
+
 _warned = False
+
+
+def cuda_absent() -> str | None:
+    """Why there are no CUDA kernels in what is installed; None where there are some, a device or not."""
+    if ABSENT:
+        return ABSENT
+    built = torch._C._dispatch_has_kernel_for_dispatch_key("maml_ext::sgd_update", "CUDA")
+    return None if built else CUDA_ABSENT
 
 
 def warn_if_absent() -> None:
@@ -57,3 +67,8 @@ def define(schema: str, *, formula: Callable, fake: Callable, autograd: Callable
     torch.library.register_vmap(f"maml_ext::{name}", vmap, lib=_library)
     _library.impl(name, autograd, "Autograd")
     return getattr(torch.ops.maml_ext, name)
+
+
+declare("cuda_devices() -> int")  # that this build can use
+declare("cuda_shared_memory(int device) -> int")  # bytes that a block may have
+declare("cuda_architectures() -> str")  # "8.0,9.0+PTX": what the CUDA kernels were compiled for
