@@ -8,10 +8,11 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(or $(MAML_EXT_BUILD),auto)
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: help install test sanitize demo benchmark doctor wheel clean
+.PHONY: help install test sanitize cuda-resources demo benchmark doctor wheel clean
 
 help:
 	@echo "make install | test | sanitize | demo | benchmark | doctor | wheel | clean      (ARGS='...' is passed on)"
+	@echo "make cuda-resources | cuda-check      (need nvcc, and no GPU)"
 
 install: $(STAMP)
 
@@ -38,6 +39,10 @@ sanitize: install
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	MAML_EXT_SANITIZE=1 PYTHONPATH=$(SANITIZED)/lib $(VENV)/bin/pytest --capture=sys $(SANITIZE_TESTS) $(ARGS)
+
+# The table of what every CUDA kernel needs, csrc/cuda/resources.txt. Needs nvcc, and no GPU.
+cuda-resources: install
+	$(PY) tests/cuda_resources.py
 
 demo: install
 	$(PY) -m examples.demo $(ARGS)

@@ -7,8 +7,8 @@
     cuda            the CPU and CUDA kernels; no compiler or no nvcc is an error. torch may be a CPU build.
     none            nothing: the pure-Python package.
 
-nvcc is that of ``CUDA_HOME`` or ``CUDA_PATH``, else the one on the path. ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0+PTX") says for
-which architectures, by default those of ``ARCHITECTURES`` that nvcc knows, and PTX of the newest for all that follow.
+nvcc is that of ``CUDA_HOME`` or ``CUDA_PATH``, else the one on the path. ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0+PTX") says
+for which architectures, by default those of ``ARCHITECTURES`` that nvcc knows, and PTX of the newest for all later ones.
 
 ``MAML_EXT_SANITIZE=1`` compiles with AddressSanitizer and UndefinedBehaviorSanitizer (GCC), beside it
 ``maml_ext._planted`` with bugs for them to find. It loads in a process that preloads libasan: see `make sanitize`.

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cuda_resources import setup_script
 
 import maml_ext
 from maml_ext.ops import library
@@ -24,14 +24,6 @@ def setup(*arguments, cwd=ROOT, **environment):
     return subprocess.run(
         [sys.executable, "setup.py", *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=300
     )
-
-
-def setup_script():
-    """setup.py, which builds nothing when it is imported."""
-    specification = importlib.util.spec_from_file_location("maml_ext_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def test_installed_packages():
