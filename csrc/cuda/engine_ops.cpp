@@ -22,17 +22,11 @@ struct Cuda {
   }
 };
 
-// Why the kernels cannot run a program, for any call, on a device whose blocks have so much shared memory; "" if they can.
-std::string cuda_misfit(Ints program, Numbers numbers, int64_t element_size, int64_t shared_memory) {
-  STD_TORCH_CHECK(element_size == 4 || element_size == 8, "element_size: expected 4 or 8, got ", element_size);
-  return cuda::misfit_of(*e::network_of(program, numbers, 1, true), int(element_size), shared_memory);
-}
-
 }  // namespace
 }  // namespace maml_ext
 
 STABLE_TORCH_LIBRARY_IMPL(maml_ext, CUDA, m) { maml_ext::Operators<maml_ext::Cuda>::implement(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(maml_ext, CompositeExplicitAutograd, m) {
-  m.impl("cuda_misfit", TORCH_BOX(&maml_ext::cuda_misfit));
+  m.impl("cuda_misfit", TORCH_BOX(&maml_ext::cuda::misfit));
 }

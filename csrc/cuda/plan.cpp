@@ -7,7 +7,7 @@ namespace maml_ext::cuda {
 namespace {
 
 const char* const kKinds[] = {"a convolution",  "a norm",           "an activation", "pooling", "average pooling",
-                              "a reshape",      "a sum or product", "a softmax",     "batch norm or pooling"};
+                              "a reshape",      "a product", "a softmax",     "batch norm or pooling"};
 
 // The plan while it is put together.
 struct Planner {
@@ -74,7 +74,7 @@ std::string Planner::add(const Layer& l) {
   if (l.kind == kReshape) return "";
   Stage* const last = plan.stages ? &plan.stage[plan.stages - 1] : nullptr;
   const bool activates = l.kind == kBlock && l.statistics == kNoStatistics && !l.pooled;
-  if (activates && last && last->activation == kIdentity && last->kind != kElementwise) {
+  if (activates && last && last->activation == kIdentity) {
     last->activation = l.activation;
     last->a = l.a, last->b = l.b;
     last->out = in = new_value(features);
@@ -94,8 +94,13 @@ std::string Planner::add(const Layer& l) {
     s.kind = kElementwise;
     s.activation = l.activation;
     s.a = l.a, s.b = l.b;
+    s.scale = 1;
     s.before = in;
     s.out = new_value(features);
+  } else if (l.kind == kCombine && !l.multiply) {
+    s.kind = kElementwise;
+    s.scale = l.a, s.shift = l.b;
+    s.before = s.out = new_value(features);
   } else if (l.kind == kContract && vectors && l.kh * l.kw == 1 && net.slot[l.weight].groups == 1 && !l.top && !l.left) {
     s.kind = kLinear;
     s.outputs = int(y.c);
@@ -108,8 +113,8 @@ std::string Planner::add(const Layer& l) {
     s.saved = plan.frame;
     plan.frame += 2 * s.groups;
   } else {
-    return std::string(kKinds[l.kind]) + " has no rule in the CUDA kernels, which know linear layers, activations, and layer "
-           "and group norm on vectors";
+    return std::string(kKinds[l.kind]) + " has no rule in the CUDA kernels, which know linear layers, activations, scaling, "
+           "and layer and group norm on vectors";
   }
   in = s.out;
   features = s.outputs;

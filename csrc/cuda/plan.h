@@ -32,7 +32,8 @@ struct Stage {
   int weight, bias;               // where in the vector of parameters, -1: absent
   bool learns_weight, learns_bias;  // not constants
   bool moves;                     // a gradient at the input is wanted
-  double a, b, eps;               // of the activation; of the norm
+  double a, b;                    // of the activation
+  double eps, scale, shift;       // of the norm; kElementwise: scale x + shift, where before != in
 
   HOST_DEVICE static int pitch(int features) { return features | 1; }
 };

@@ -192,10 +192,26 @@ struct Stages {
       }
   }
 
-  // An activation by itself: what is before it is the stage's input.
+  // scale x + shift, or an activation by itself, before which is the stage's input.
   template <class F>
-  INLINE void each_value(const Stage& s, int count, F f) const {
-    for (int i = threadIdx.x; i < count * s.inputs; i += blockDim.x) f(i / s.inputs, i % s.inputs);
+  static INLINE void each_value(const Stage& s, int count, F f) {
+    for (int i = threadIdx.x; i < count * s.inputs; i += blockDim.x)
+      f(i / s.inputs, i % s.inputs, i / s.inputs * Stage::pitch(s.inputs) + i % s.inputs);
+  }
+  template <class D>
+  INLINE void elementwise_forward(const Stage& s, int count) const {
+    each_value(s, count, [&](int n, int k, int at) {
+      if (s.before != s.in) value<D>(s.before).set(at, D(T(s.scale)) * value<D>(s.in).at(at) + D(T(s.shift)));
+      activate<D>(s, n, k);
+    });
+  }
+  template <class D>
+  INLINE void elementwise_backward(const Stage& s, int below, int count, Array<D> g, Array<D> to) const {
+    if (!s.moves) return;
+    each_value(s, count, [&](int n, int k, int at) {
+      to.set(at, D(T(s.scale)) * g.at(at));
+      descend(below, to, n, k);
+    });
   }
 
   template <class D>
@@ -207,7 +223,7 @@ struct Stages {
       else if (s.kind == kGroupNorm)
         norm_forward<D>(s, count);
       else
-        each_value(s, count, [&](int n, int k) { activate<D>(s, n, k); });
+        elementwise_forward<D>(s, count);
       __syncthreads();
     }
   }
@@ -224,12 +240,8 @@ struct Stages {
         linear_backward(s, i - 1, count, g, to);
       else if (s.kind == kGroupNorm)
         norm_backward(s, i - 1, count, g, to);
-      else if (s.moves)
-        each_value(s, count, [&](int n, int k) {
-          const int at = n * Stage::pitch(s.inputs) + k;
-          to.set(at, g.at(at));
-          descend(i - 1, to, n, k);
-        });
+      else
+        elementwise_backward(s, i - 1, count, g, to);
       __syncthreads();
       if (!s.moves) break;  // nothing that is adapted comes before it
       side = 1 - side;

@@ -23,6 +23,9 @@ struct Emulated {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(maml_ext_emulated, CPU, m) { Operators<Emulated>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(maml_ext_emulated, CompositeExplicitAutograd, m) {
+  m.impl("cuda_misfit", TORCH_BOX(&cuda::misfit));
+}
 
 PYBIND11_MODULE(emulated, m) {
   m.def("order", [](const std::string& order, uint64_t seed) {
