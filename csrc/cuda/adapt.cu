@@ -27,8 +27,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   task.load_parameters(steps.start ? task.of_task(steps.start, false) : task.of_task(call.theta, call.shared));
   task.load_constants();
   __syncthreads();
-  for (int64_t k = steps.begin; k < steps.end; k++)
-    task.step(k, k > steps.begin, steps.theta[k - steps.begin] + task.task * plan.parameters);
+  for (int64_t k = steps.begin; k < steps.end; k++) {
+    task.clear_slopes();
+    task.template score<T>(task.alone(call.support), k > steps.begin, true, false, 1);
+    task.update(k, steps.theta[k - steps.begin] + task.task * plan.parameters);
+  }
 }
 
 template <class T>

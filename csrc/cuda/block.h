@@ -98,6 +98,7 @@ INLINE T sum_over_block(T x, T* sums) {
   if (lane() == 0) sums[warp()] = x;
   __syncthreads();
   T total = 0;
+#pragma unroll 1
   for (int w = 0; w < warps(); w++) total += sums[w];
   return total;
 }
@@ -112,7 +113,9 @@ template <class F>
 INLINE void each_element(const Plan& plan, int first, int count, F f) {
   for (int i = first; i < first + count; i++) {
     const Stretch& s = plan.stretch[i];
+#pragma unroll 1
     for (int r = warp(); r < s.rows; r += warps())
+#pragma unroll 1
       for (int c = lane(); c < s.columns; c += kWarp) f(s.at + r * s.pitch + c, s.source + int64_t(r) * s.columns + c);
   }
 }

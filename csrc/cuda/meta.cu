@@ -19,11 +19,17 @@ __global__ void __launch_bounds__(kThreads, 1) meta(const __grid_constant__ Plan
   task.load_parameters(initial);
   task.load_constants();
   __syncthreads();
-  for (int64_t k = 0; k < call.steps; k++) task.step(k, k > 0, theta(k + 1));
-  task.clear_slopes();
-  __syncthreads();
-  const T loss = task.template score<T>(call.query, false, true, true, 1);
-  if (threadIdx.x == 0) call.loss[task.task] = loss;
+  // The score of the query set is one more gradient of the same form.
+  for (int64_t k = 0; k <= call.steps; k++) {
+    const bool last = k == call.steps;
+    task.clear_slopes();
+    const T loss =
+        task.template score<T>(last ? call.query : task.alone(call.support), k > 0 && !last, true, last, 1);
+    if (!last)
+      task.update(k, theta(k + 1));
+    else if (threadIdx.x == 0)
+      call.loss[task.task] = loss;
+  }
   task.store_slope(mine);
   __syncthreads();
   for (int64_t k = call.steps; k-- > 0;) {

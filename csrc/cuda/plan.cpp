@@ -157,7 +157,7 @@ Size size_of(Plan& plan, Mode mode, bool wants_rates, bool first_order, int64_t 
              int64_t available) {
   const bool recurs = mode == kAdjoint || mode == kMeta;
   plan.backward = mode != kPredict;
-  plan.dual = (recurs && !first_order) || mode == kPullTangent || mode == kScoreTangent;
+  plan.dual = (recurs && (!first_order || wants_rates)) || mode == kPullTangent || mode == kScoreTangent;
   plan.keeps_value = plan.dual && recurs && wants_rates;
   auto bytes = [&](int64_t chunk) {
     plan.chunk = int(chunk);

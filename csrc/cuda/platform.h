@@ -8,6 +8,8 @@
 constexpr int kGap = emulation::kAddressSanitizer ? 64 : 0;
 
 inline void poison(void* memory, int bytes) { emulation::sanitizer::poison(memory, bytes); }
+
+#define CALLED __attribute__((noinline))
 #else
 #include <cuda_runtime.h>
 
@@ -20,6 +22,8 @@ constexpr int kGap = 0;
 
 // Nobody may touch these bytes of shared memory until the block ends.
 __host__ __device__ inline void poison(void*, int) {}
+
+#define CALLED __device__ __noinline__
 #endif
 
 #define HOST_DEVICE __host__ __device__

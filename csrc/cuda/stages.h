@@ -13,6 +13,14 @@
 
 namespace maml_ext::cuda {
 
+// A call, not inlined at the many places that need it: ten activations are most of a kernel's code.
+template <class T>
+CALLED Jet<T> jet_of(Activation which, T x, T a, T b) {
+  Jet<T> jet;
+  with_activation(which, [&](auto activation) { jet = decltype(activation)::template at<T>(x, a, b); });
+  return jet;
+}
+
 template <class T>
 struct Stages {
   const Plan& plan;
@@ -40,27 +48,19 @@ struct Stages {
 
   template <class D>
   static INLINE D activated(const Stage& s, D x) {
-    D result = x;
-    with_activation(s.activation, [&](auto activation) {
-      const auto jet = decltype(activation)::template at<T>(value_of(x), T(s.a), T(s.b));
-      if constexpr (is_dual<D>)
-        result = D(jet.value, jet.first * x.tangent);
-      else
-        result = jet.value;
-    });
-    return result;
+    const Jet<T> jet = jet_of<T>(s.activation, value_of(x), T(s.a), T(s.b));
+    if constexpr (is_dual<D>)
+      return D(jet.value, jet.first * x.tangent);
+    else
+      return jet.value;
   }
   template <class D>
   static INLINE D slope_of_activation(const Stage& s, D x) {
-    D result = x;
-    with_activation(s.activation, [&](auto activation) {
-      const auto jet = decltype(activation)::template at<T>(value_of(x), T(s.a), T(s.b));
-      if constexpr (is_dual<D>)
-        result = D(jet.first, jet.second * x.tangent);
-      else
-        result = jet.first;
-    });
-    return result;
+    const Jet<T> jet = jet_of<T>(s.activation, value_of(x), T(s.a), T(s.b));
+    if constexpr (is_dual<D>)
+      return D(jet.first, jet.second * x.tangent);
+    else
+      return jet.first;
   }
 
   // Element (n, i) of what a stage computes is stored: its activation.
@@ -104,8 +104,10 @@ struct Stages {
           [&](int j, int n) { return g.at(n * out_pitch + j); },
           [&](int i, int j, D sum) { add_to_slope(s.weight + j * pitch + i, sum); }, [](int, int) {});
     if (s.learns_bias)
+#pragma unroll 1
       for (int j = threadIdx.x; j < s.outputs; j += blockDim.x) {
         D sum(0);
+#pragma unroll 1
         for (int n = 0; n < count; n++) sum = sum + g.at(n * out_pitch + j);
         add_to_slope(s.bias + j, sum);
       }
@@ -122,6 +124,7 @@ struct Stages {
   template <class D, class F>
   INLINE void each_group(const Stage& s, int count, F f) const {
     const int size = s.inputs / s.groups;
+#pragma unroll 1
     for (int i = warp(); i < count * s.groups; i += warps()) {
       const int n = i / s.groups, first = i % s.groups * size;
       f(n, first, size, value<D>(s.saved).from(2 * i));
@@ -138,8 +141,10 @@ struct Stages {
     const Array<D> x = value<D>(s.in), y = value<D>(s.before);
     each_group<D>(s, count, [&](int n, int first, int size, Array<D> saved) {
       D sum(0), square(0);
+#pragma unroll 1
       for (int i = first + lane(); i < first + size; i += kWarp) sum = sum + x.at(n * pitch + i);
       const D mean = sum_over_warp(sum) / D(size);
+#pragma unroll 1
       for (int i = first + lane(); i < first + size; i += kWarp) {
         const D d = x.at(n * pitch + i) - mean;
         square = square + d * d;
@@ -149,6 +154,7 @@ struct Stages {
         saved.set(0, mean);
         saved.set(1, r);
       }
+#pragma unroll 1
       for (int i = first + lane(); i < first + size; i += kWarp) {
         const D beta = s.bias < 0 ? D(0) : parameters<D>(s.bias).at(i);
         y.set(n * pitch + i, gamma<D>(s, i) * ((x.at(n * pitch + i) - mean) * r) + beta);
@@ -165,6 +171,7 @@ struct Stages {
       each_group<D>(s, count, [&](int n, int first, int size, Array<D> saved) {
         const D mean = saved.at(0), r = saved.at(1);
         D sum(0), slope(0);
+#pragma unroll 1
         for (int i = first + lane(); i < first + size; i += kWarp) {
           const D h = gamma<D>(s, i) * g.at(n * pitch + i);
           sum = sum + h;
@@ -172,6 +179,7 @@ struct Stages {
         }
         sum = sum_over_warp(sum) / D(size);
         slope = sum_over_warp(slope) / D(size);
+#pragma unroll 1
         for (int i = first + lane(); i < first + size; i += kWarp) {
           const D normal = (x.at(n * pitch + i) - mean) * r;
           to.set(n * pitch + i, r * (gamma<D>(s, i) * g.at(n * pitch + i) - sum - normal * slope));
@@ -179,8 +187,10 @@ struct Stages {
         }
       });
     if (s.learns_weight || s.learns_bias)
+#pragma unroll 1
       for (int i = threadIdx.x; i < s.inputs; i += blockDim.x) {
         D weight(0), bias(0);
+#pragma unroll 1
         for (int n = 0; n < count; n++) {
           const Array<D> saved = value<D>(s.saved).from(2 * (n * s.groups + i / (s.inputs / s.groups)));
           const D gy = g.at(n * pitch + i);
@@ -195,6 +205,7 @@ struct Stages {
   // scale x + shift, or an activation by itself, before which is the stage's input.
   template <class F>
   static INLINE void each_value(const Stage& s, int count, F f) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < count * s.inputs; i += blockDim.x)
       f(i / s.inputs, i % s.inputs, i / s.inputs * Stage::pitch(s.inputs) + i % s.inputs);
   }
@@ -216,6 +227,7 @@ struct Stages {
 
   template <class D>
   INLINE void forward(int count) const {
+#pragma unroll 1
     for (int i = 0; i < plan.stages; i++) {
       const Stage& s = plan.stage[i];
       if (s.kind == kLinear)
@@ -233,6 +245,7 @@ struct Stages {
   template <class D>
   INLINE int backward(int count) const {
     int side = 0;
+#pragma unroll 1
     for (int i = plan.stages - 1; i >= 0; i--) {
       const Stage& s = plan.stage[i];
       const Array<D> g = gradient<D>(side), to = gradient<D>(1 - side);

@@ -36,6 +36,7 @@ struct Task : Stages<T> {
     each_parameter(plan, [&](int i, int64_t at) { memory.direction[i] = theta_t ? theta_t[at] : T(0); });
   }
   INLINE void clear_slopes() const {
+#pragma unroll 1
     for (int i = threadIdx.x; i < plan.adapted; i += blockDim.x) {
       memory.slope[i] = 0;
       if (plan.keeps_value) memory.value_slope[i] = 0;
@@ -53,12 +54,18 @@ struct Task : Stages<T> {
   // are wanted it is not.)
 
   INLINE int64_t sample(const Data<T>& data, int64_t n) const { return task * data.samples + n; }
+  // The same samples, of whose gradients none is wanted.
+  static INLINE Data<T> alone(Data<T> data) {
+    data.to_x = data.to_y = data.to_weight = nullptr;
+    return data;
+  }
   INLINE bool left_out(const Data<T>& data, int64_t n) const {
     return data.weight && !data.to_weight && !data.weight_t && data.weight[sample(data, n)] == 0;
   }
   template <class D>
   INLINE void load_samples(const Data<T>& data, int64_t first, int count) const {
     const Array<D> x = this->template value<D>(0);
+#pragma unroll 1
     for (int i = threadIdx.x; i < count * plan.features; i += blockDim.x) {
       const int n = i / plan.features, k = i % plan.features;
       const int64_t at = sample(data, first) * plan.features + i;
@@ -94,6 +101,7 @@ struct Task : Stages<T> {
   INLINE D normaliser(const Data<T>& data) const {
     if (!data.weight && plan.loss != kLabels) return D(T(data.samples));
     D sum(0);
+#pragma unroll 1
     for (int64_t n = threadIdx.x; n < data.samples; n += blockDim.x)
       if (!left_out(data, n)) sum = sum + weight<D>(data, n) * D(share(data, n));
     return sum_over_block(sum, memory.sums);
@@ -120,6 +128,7 @@ struct Task : Stages<T> {
     D loss(0);
     if (left_out(data, first + n) || (plan.loss == kLabels && right < 0)) {
       loss = D(right == -2 ? T(NAN) : T(0));
+#pragma unroll 1
       for (int k = 0; k < plan.outputs; k++) to_prediction(k, loss);
     } else if (plan.loss == kLabels || plan.loss == kSoftLabels) {
       loss = cross_entropy<T, D>(
@@ -127,6 +136,7 @@ struct Task : Stages<T> {
           [&](int64_t k) { return class_weight(k); }, to_prediction, to_target);
     } else {
       const D part(T(1) / plan.outputs);
+#pragma unroll 1
       for (int k = 0; k < plan.outputs; k++) {
         const auto e = element_loss(plan.loss, T(plan.loss_parameter), y.at(k), target(k));
         loss = loss + part * e.value;
@@ -143,6 +153,7 @@ struct Task : Stages<T> {
   // gradient(0); slopes add up over chunks. Where all samples are in memory at once they stay there: `resident` says so.
   template <class D, class Seed>
   INLINE void pass(const Data<T>& data, bool resident, T sign, Seed seed) const {
+#pragma unroll 1
     for (int64_t first = 0; first < data.samples; first += plan.chunk) {
       const int count = int(smaller(int64_t(plan.chunk), data.samples - first));
       if (!resident || data.samples > plan.chunk) load_samples<D>(data, first, count);
@@ -157,6 +168,7 @@ struct Task : Stages<T> {
   }
   template <class D>
   INLINE void give_back(const Data<T>& data, int64_t first, int count, Array<D> g, T sign) const {
+#pragma unroll 1
     for (int i = threadIdx.x; i < count * plan.features; i += blockDim.x) {
       const int n = i / plan.features, k = i % plan.features;
       data.to_x[sample(data, first) * plan.features + i] +=
@@ -172,6 +184,7 @@ struct Task : Stages<T> {
     const D each = D(1) / normaliser<D>(data);
     D total(0);
     pass<D>(data, resident, sign, [&](int64_t first, int count) {
+#pragma unroll 1
       for (int n = threadIdx.x; n < count; n += blockDim.x) {
         const D scale = weight<D>(data, first + n) * each, l = sample_loss<D>(data, first, n, scale, sign);
         total = total + scale * l;
@@ -181,17 +194,15 @@ struct Task : Stages<T> {
     });
     if (asked || data.to_weight) total = sum_over_block(total, memory.sums);
     if (data.to_weight)
+#pragma unroll 1
       for (int64_t n = threadIdx.x; n < data.samples; n += blockDim.x)
         data.to_weight[sample(data, n)] -= sign * result_of(total * each * D(share(data, n)));
     return total;
   }
 
-  // theta <- theta - rate * gradient of the support loss; also into `next`, theta_{k+1} of this task in device memory.
-  INLINE void step(int64_t k, bool resident, T* next) const {
-    Data<T> support = call.support;
-    support.to_x = support.to_y = support.to_weight = nullptr;
-    clear_slopes();
-    score<T>(support, resident, true, false, 1);
+  // theta <- theta - rate * gradient of the support loss, which is in the slopes; also into `next`, theta_{k+1} of this
+  // task in device memory.
+  INLINE void update(int64_t k, T* next) const {
     each_parameter(plan, [&](int i, int64_t at) {
       next[at] = memory.parameters[i] -= rate(k, at) * memory.slope[i];
     });
@@ -199,31 +210,28 @@ struct Task : Stages<T> {
   }
 
   // lambda_{k+1} -> lambda_k = lambda_{k+1} - H (rate * lambda_{k+1}), in `lambda`, of this task in device memory; a
-  // thread reads and writes the same elements of it each time. theta_k has been loaded.
+  // thread reads and writes the same elements of it each time. theta_k has been loaded. To first order H counts as 0: the
+  // direction is, and what is left of the pass is the gradient, for that of the rates.
   INLINE void step_back(int64_t k, bool resident, T* lambda) const {
-    const bool exact = !call.first_order;
-    if (exact || call.to_rates) {
-      clear_slopes();
-      if (exact) each_parameter(plan, [&](int i, int64_t at) { memory.direction[i] = rate(k, at) * lambda[at]; });
+    if (!plan.dual) {  // nobody asks for anything but lambda, which does not change
       __syncthreads();
-      Data<T> support = call.support;
-      if (exact) {
-        score<Dual<T>>(support, resident, true, false, -1);
-      } else {
-        support.to_x = support.to_y = support.to_weight = nullptr;
-        score<T>(support, resident, true, false, 1);
-      }
+      return;
     }
+    clear_slopes();
+    each_parameter(plan, [&](int i, int64_t at) {
+      memory.direction[i] = call.first_order ? T(0) : rate(k, at) * lambda[at];
+    });
+    __syncthreads();
+    score<Dual<T>>(call.support, resident, true, false, -1);
     const int64_t row = task * call.rate_rows + (call.rate_rows > 1 ? k : 0);
-    const T* gradient = exact ? memory.value_slope : memory.slope;
     T along = 0;
     each_parameter(plan, [&](int i, int64_t at) {
       if (call.to_rates) {
-        const T change = lambda[at] * gradient[i];
+        const T change = lambda[at] * memory.value_slope[i];
         if (call.per_parameter) call.to_rates[row * plan.parameters + at] -= change;
         along += change;
       }
-      if (exact) lambda[at] -= memory.slope[i];
+      lambda[at] -= memory.slope[i];
     });
     if (call.to_rates && !call.per_parameter) {
       along = sum_over_block(along, memory.sums);
