@@ -20,7 +20,7 @@ enum Bug : int {
   kOnlyShuffles,      // nothing else between lanes that write and lanes that read
 };
 constexpr Bug kBug = Bug{PLANTED};
-constexpr int kThreads = 128, kWarp = 32;
+constexpr int kThreads = 64, kWarp = 32;
 
 // As large as the plans of real kernels, and like them passed by value.
 struct Plan {
@@ -165,7 +165,7 @@ cudaError_t launch_row_norms(const Plan& plan, cudaStream_t stream) {
 
 cudaError_t launch_transpose(const Plan& plan, cudaStream_t stream) {
   const int bytes = carved(kWarp * (kWarp + 1) * sizeof(float));
-  return launch(transpose, plan, (plan.rows + kWarp - 1) / kWarp, dim3(kWarp, 4), bytes, stream);
+  return launch(transpose, plan, (plan.rows + kWarp - 1) / kWarp, dim3(kWarp, kThreads / kWarp), bytes, stream);
 }
 
 cudaError_t launch_sum_heads(const Plan& plan, cudaStream_t stream) {
