@@ -124,7 +124,7 @@ class SharedMemory {
 struct Block {
   SharedMemory memory;
   std::vector<Fibre> fibres;
-  std::vector<unsigned> turns;  // numbers of fibres
+  std::vector<std::vector<Fibre*>> warps;  // in the order of their turns, as are the lanes of each
   long barriers = 0;
   // Tags of barriers by parity: who leaves one late does not see what others did on their way to the next.
   char tags[2] = {};
@@ -134,7 +134,7 @@ struct Block {
   };
   std::map<std::pair<unsigned, unsigned>, Group> groups;  // by warp and mask
 
-  Block(unsigned threads, size_t bytes) : memory(bytes), fibres(threads), turns(threads) {}
+  Block(unsigned threads, size_t bytes) : memory(bytes), fibres(threads), warps((threads + kWarp - 1) / kWarp) {}
   Group& group(const Fibre& fibre) { return groups[{fibre.number / kWarp, fibre.mask}]; }
 };
 
@@ -268,7 +268,7 @@ inline bool open_barrier(Block& block) {
 
 // Lets the lanes go on that wait for each other with `fibre`. A lane that has ended, or that the block lacks, is waited
 // for by nobody; who shuffles with such a lane, or with one outside of the mask, gets NaN.
-inline bool open_warp(Block& block, Fibre& fibre) {
+inline void open_warp(Block& block, Fibre& fibre) {
   const unsigned first = fibre.number - fibre.lane();
   Fibre* lanes[kWarp] = {};
   uint64_t values[kWarp];
@@ -276,7 +276,7 @@ inline bool open_warp(Block& block, Fibre& fibre) {
   for (unsigned lane = 0; lane < kWarp && first + lane < block.fibres.size(); lane++) {
     Fibre& other = block.fibres[first + lane];
     if (!(fibre.mask >> lane & 1) || other.state == State::kEnded) continue;
-    if (other.state != State::kAtWarp || other.mask != fibre.mask) return false;
+    if (other.state != State::kAtWarp || other.mask != fibre.mask) return;
     if (!same_place(fibre, other)) stop("divergent warp", fibre, other);
     values[lane] = other.value;
     lanes[lane] = &other;
@@ -287,7 +287,6 @@ inline bool open_warp(Block& block, Fibre& fibre) {
     lane->value = values[lane->source];
     lane->state = State::kReady;
   }
-  return true;
 }
 
 [[noreturn]] inline void dead_lock(const Block& block) {
@@ -300,26 +299,46 @@ inline bool open_warp(Block& block, Fibre& fibre) {
   stop("dead lock", *first, *first);
 }
 
-inline void run(Block& block) {
+inline void prepare(Block& block) {
   for (unsigned i = 0; i < block.fibres.size(); i++) {
     Fibre& fibre = block.fibres[i];
-    fibre.number = block.turns[i] = i;
+    fibre.number = i;
     fibre.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
     fibre.stack = clean_stack(i);
     fibre.thread.create();
     prepare(fibre.context, fibre.stack, run_fibre);
+    block.warps[i / kWarp].push_back(&fibre);
   }
-  if (machine.order == Order::kReverse) machine.put_in_order(block.turns);
+  machine.put_in_order(block.warps);
+  for (std::vector<Fibre*>& lanes : block.warps) machine.put_in_order(lanes);
+}
+
+// Runs a warp until all of its lanes wait for the block or have ended: one that can run ahead of the others does. In
+// random order it may get less far. Returns whether there was anything to run.
+inline bool run_warp(Block& block, std::vector<Fibre*>& lanes) {
+  const bool random = machine.order == Order::kShuffled;
+  const auto is_ready = [](const Fibre* lane) { return lane->state == State::kReady; };
+  for (bool ran = false;; ran = true) {
+    if (std::none_of(lanes.begin(), lanes.end(), is_ready)) return ran;
+    if (random && ran && machine.random() % 2) return true;
+    if (random) machine.put_in_order(lanes);
+    for (Fibre* lane : lanes) {
+      if (is_ready(lane)) switch_to(*lane);
+    }
+    for (Fibre* lane : lanes) {
+      if (lane->state == State::kAtWarp) open_warp(block, *lane);
+    }
+  }
+}
+
+inline void run(Block& block) {
+  prepare(block);
   const auto has_ended = [](const Fibre& fibre) { return fibre.state == State::kEnded; };
   while (!std::all_of(block.fibres.begin(), block.fibres.end(), has_ended)) {
-    if (machine.order == Order::kShuffled) machine.put_in_order(block.turns);
-    for (unsigned number : block.turns) {
-      if (block.fibres[number].state == State::kReady) switch_to(block.fibres[number]);
-    }
+    if (machine.order == Order::kShuffled) machine.put_in_order(block.warps);
     bool progress = false;
-    for (Fibre& fibre : block.fibres) progress |= fibre.state == State::kAtWarp && open_warp(block, fibre);
+    for (std::vector<Fibre*>& lanes : block.warps) progress |= run_warp(block, lanes);
     progress |= open_barrier(block);
-    progress |= std::all_of(block.fibres.begin(), block.fibres.end(), has_ended);
     if (!progress) dead_lock(block);
   }
   for (Fibre& fibre : block.fibres) fibre.thread.destroy();

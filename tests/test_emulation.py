@@ -1,0 +1,83 @@
+"""The emulation of CUDA on the CPU: it runs right kernels, and shows each of the bugs planted in them."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import emulation
+import pytest
+
+pytestmark = pytest.mark.skipif(bool(emulation.unavailable()), reason=emulation.unavailable() or "-")
+
+NONE, READ_BEFORE_WRITE, WRITE_AFTER_READ, REUSED_SCRATCH, BEHIND_ARRAY, BEHIND_MEMORY = range(6)
+UNINITIALISED, DIVERGENT_BARRIER, SHARED_RESULT, ONLY_SHUFFLES = range(6, 10)
+
+PLAIN, DIFFERENT, ADDRESS, RACE, ABORTED = None, 3, 1, 66, -6  # the exit status of each kind of report
+
+# Bug, mode, exit status, what the report names: a kernel, or what was found in which one.
+CASES = [
+    (NONE, PLAIN, 0, []),
+    (NONE, "address", 0, []),
+    (NONE, "thread", 0, []),
+    (READ_BEFORE_WRITE, PLAIN, DIFFERENT, ["differs: sum_rows"]),
+    (READ_BEFORE_WRITE, "thread", RACE, ["data race", "sum_rows"]),
+    (WRITE_AFTER_READ, PLAIN, DIFFERENT, ["differs: transpose"]),
+    (WRITE_AFTER_READ, "thread", RACE, ["data race", "transpose"]),
+    (REUSED_SCRATCH, PLAIN, DIFFERENT, ["differs: row_norms"]),
+    (REUSED_SCRATCH, "thread", RACE, ["data race", "row_norms"]),
+    (ONLY_SHUFFLES, PLAIN, DIFFERENT, ["differs: sum_heads"]),
+    (ONLY_SHUFFLES, "thread", RACE, ["data race", "sum_heads"]),
+    (BEHIND_ARRAY, "address", ADDRESS, ["use-after-poison", "WRITE of size 4", "sum_rows"]),
+    (BEHIND_MEMORY, "address", ADDRESS, ["use-after-poison", "WRITE of size 4", "sum_rows"]),
+    (UNINITIALISED, PLAIN, DIFFERENT, ["differs: sum_rows"]),
+    (DIVERGENT_BARRIER, PLAIN, ABORTED, ["divergent __syncthreads"]),
+    (DIVERGENT_BARRIER, "thread", ABORTED, ["divergent __syncthreads"]),
+    (SHARED_RESULT, PLAIN, DIFFERENT, ["differs: sum_rows"]),
+    (SHARED_RESULT, "thread", RACE, ["data race", "sum_rows"]),
+]
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory):
+    """Futures of executables by bug and mode, compiled two at a time."""
+    folder = tmp_path_factory.mktemp("emulation")
+
+    def build(bug, mode):
+        output = folder / f"planted_{bug}_{mode}"
+        driver = emulation.HERE / "planted_driver.cpp"
+        return emulation.compile([driver], output, defines=[f"PLANTED={bug}"], sanitizer=mode, flags=["-Werror"])
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {(bug, mode): pool.submit(build, bug, mode) for bug, mode, *_ in CASES}
+
+
+@pytest.mark.parametrize("bug, mode, status, report", CASES)
+def test_planted(builds, bug, mode, status, report):
+    shuffles = 1 if mode == "thread" else 10  # races show in any order, in time
+    result = emulation.run([builds[bug, mode].result(), shuffles], sanitizer=mode)
+    assert result.returncode == status, result.stdout
+    assert all(part in result.stdout for part in report), result.stdout
+    assert status or not result.stdout
+
+
+def lines_with(text):
+    lines = (emulation.HERE / "planted.cu").read_text().splitlines()
+    return [number for number, line in enumerate(lines, 1) if text in line]
+
+
+def test_a_divergent_barrier_is_reported_with_both_lines(builds):
+    report = emulation.run([builds[DIVERGENT_BARRIER, PLAIN].result(), 0]).stdout
+    (planted,) = lines_with("kBug == kDivergentBarrier")
+    (loop,) = lines_with("for (int half = threads / 2")
+    assert f"planted.cu:{planted}" in report and f"planted.cu:{loop + 5}" in report
+
+
+@pytest.mark.parametrize(
+    "bug, mode, line",
+    [
+        (BEHIND_ARRAY, "address", "kBug == kBehindArray"),
+        (BEHIND_MEMORY, "address", "kBug == kBehindMemory"),
+        (SHARED_RESULT, "thread", "kBug == kSharedResult"),
+    ],
+)
+def test_a_sanitizer_names_the_line(builds, bug, mode, line):
+    report = emulation.run([builds[bug, mode].result(), 0], sanitizer=mode).stdout
+    assert f"planted.cu:{lines_with(line)[0]}" in report
