@@ -1,8 +1,8 @@
-"""The compiled engines' side of ``inner_loop``, ``network``, ``task_loss``, ``hvp`` and of the single-pass meta-gradient.
+"""The compiled engines' side of ``inner_loop``, ``network``, ``task_loss``, ``hvp`` and the single-pass meta-gradient.
 
-``choose`` says whether the engine of the tensors' device can run a call, or why not. The Functions below compute values and first
-derivatives by the operators of ``ops/engine.py``, second derivatives of the network and the loss too; a derivative
-beyond that (a backward pass that is itself recorded, by ``create_graph=True``) goes the reference's way, which is
+``choose`` says whether the engine of the tensors' device can run a call, or why not. The Functions below compute
+values and first derivatives by the operators of ``ops/engine.py``, second derivatives of the network and the loss too;
+a derivative beyond that (a backward pass that is itself recorded, by ``create_graph=True``) goes the reference's way, which is
 differentiable to any order: never through a gradient that was computed before and is a constant by now.
 """
 
@@ -133,7 +133,7 @@ def choose(module: nn.Module, layout: Layout, theta: Tensor, x, y, loss, backend
 
 
 def cuda_misfit(call: Compiled, element_size: int, shared_memory: int) -> str:
-    """Why the CUDA kernels cannot run a call on a device whose blocks have so many bytes of shared memory; "" if they can."""
+    """Why the CUDA kernels cannot run a call where blocks have so many bytes of shared memory; "" if they can."""
     return _ops.cuda_misfit(call.program, call.numbers, element_size, shared_memory)
 
 

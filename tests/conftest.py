@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import emulation
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ import maml_ext
 
 torch.set_num_threads(1)  # the tensors here are tiny
 TASKS, SHOTS, QUERIES = 3, 4, 5
+OPERATORS = ("predict", "pull", "pull_tangent", "score", "score_tangent", "adapt", "adjoint", "meta")  # of an engine
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +37,16 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """The CUDA kernels on the CPU: operators like those of maml_ext in torch.ops.maml_ext_emulated, and a module."""
+    if emulation.unavailable():
+        pytest.skip(emulation.unavailable())
+    from emulation import operators
+
+    return operators.load()
 
 
 class Batch(NamedTuple):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Batch, relative_error, require_grad, weighted_sum
+from conftest import OPERATORS, Batch, relative_error, require_grad, weighted_sum
 from torch import nn
 
 import maml_ext
@@ -385,9 +385,6 @@ def test_zero_tasks_nan_and_aliased_tensors():
         False, True, [0] * 7,
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(same, copy))
-
-
-OPERATORS = ("predict", "pull", "pull_tangent", "score", "score_tangent", "adapt", "adjoint", "meta")
 
 
 @pytest.mark.parametrize("name", OPERATORS)

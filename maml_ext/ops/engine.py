@@ -1,4 +1,4 @@
-"""The operators of the compiled engines: whole inner loops, losses with gradients, and their derivatives, in one call each.
+"""The operators of the compiled engines: inner loops, losses with gradients, and their derivatives, in a call each.
 
 Every operator takes a network program (``maml_ext.recognise`` says what its integers and numbers mean), the
 constants it refers to, parameters ``theta`` (``[P]`` or ``[T, P]``) and data of all tasks (``[T, N, ...]``), and

@@ -10,8 +10,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -63,12 +65,24 @@ def compile(
     if shared or torch:
         command += ["-shared", "-fPIC"]
     command += _torch_flags() if torch else []
-    command += [*flags, "-x", "c++", *map(str, sources), "-x", "none", "-o", str(output)]
-    command += _torch_libraries() if torch else []
+    command += flags
+
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def translate(source: Path | str) -> str:
+            target = f"{folder}/{Path(source).name}.o"
+            _execute([*command, "-x", "c++", "-c", str(source), "-o", target])
+            return target
+
+        objects = list(pool.map(translate, sources))
+        _execute([*command, *objects, "-o", str(output), *(_torch_libraries() if torch else [])])
+    return output
+
+
+def _execute(command: Sequence[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
-    return output
 
 
 def _torch_flags() -> list[str]:
