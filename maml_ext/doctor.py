@@ -28,6 +28,7 @@ def doctor() -> int:
     print(f"torch      {torch.__version__}, {threads} threads, {instructions}")
     print(f"cuda       {_cuda()}")
     print(f"compiled   {_compiled()}")
+    print(f"on cuda    {_compiled_for_cuda()}")
     print()
     failed = 0
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -53,7 +54,7 @@ def _cuda() -> str:
         return "this torch is built without it"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     devices = ", ".join(names) or "no device"
-    return f"{torch.version.cuda}, {devices} (no CUDA kernels here yet: the torch engine runs)"
+    return f"{torch.version.cuda}, {devices}"
 
 
 def _compiled() -> str:
@@ -62,6 +63,17 @@ def _compiled() -> str:
     lanes = torch.ops.maml_ext.vector_bytes()
     kernels = f"the CPU engine and sgd_update, float32 and float64, vectors of {lanes} bytes"
     return f"{kernels}; stable ABI of torch 2.10 and later"
+
+
+def _compiled_for_cuda() -> str:
+    absent = library.cuda_absent()
+    if absent:
+        return f"absent: {absent}"
+    architectures, usable = torch.ops.maml_ext.cuda_architectures(), torch.ops.maml_ext.cuda_devices()
+    kernels = f"sgd_update, float32 and float64, for {architectures}; {usable} devices"
+    if usable < torch.cuda.device_count():
+        return f"{kernels}, fewer than torch sees: the driver may be older than the CUDA these kernels were built with"
+    return kernels
 
 
 @dataclass(frozen=True)

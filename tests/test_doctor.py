@@ -3,10 +3,12 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import maml_ext
 from maml_ext import doctor, reference
+from maml_ext.ops import library
 
 
 def test_doctor_runs_from_the_command_line():
@@ -48,3 +50,22 @@ def test_checks_run_where_they_can():
     found = {name: check.runs_on("cuda:0") for name, check in doctor.CHECKS.items()}
     assert all(check.runs_on("cpu") for check in doctor.CHECKS.values())
     assert found == {name: "CPU engine" not in name for name in found} and any(found.values())
+
+
+def test_doctor_says_what_there_is_for_cuda(monkeypatch):
+    if library.cuda_absent():
+        expected = f"absent: {library.cuda_absent()}"
+        assert doctor._compiled_for_cuda() == expected and ("MAML_EXT_BUILD" in expected or library.ABSENT in expected)
+        return
+    assert torch.ops.maml_ext.cuda_architectures() in doctor._compiled_for_cuda()
+    assert f"{torch.ops.maml_ext.cuda_devices()} devices" in doctor._compiled_for_cuda()
+    assert "fewer than torch sees" not in doctor._compiled_for_cuda()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 9)
+    assert "fewer than torch sees" in doctor._compiled_for_cuda()
+
+
+@pytest.mark.skipif(bool(library.ABSENT), reason=f"no binary: {library.ABSENT}")
+def test_a_build_without_cuda_kernels_is_named(monkeypatch):
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+    assert doctor._compiled_for_cuda() == f"absent: {library.CUDA_ABSENT}"
+    assert "MAML_EXT_BUILD=cuda" in library.CUDA_ABSENT
