@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(or $(MAML_EXT_BUILD),auto)
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: help install test sanitize cuda-resources demo benchmark doctor wheel clean
+.PHONY: help install test sanitize cuda-resources cuda-check demo benchmark doctor wheel clean
 
 help:
 	@echo "make install | test | sanitize | demo | benchmark | doctor | wheel | clean      (ARGS='...' is passed on)"
@@ -43,6 +43,24 @@ sanitize: install
 # The table of what every CUDA kernel needs, csrc/cuda/resources.txt. Needs nvcc, and no GPU.
 cuda-resources: install
 	$(PY) tests/cuda_resources.py
+
+# A CUDA build as a wheel, beside CUDA builds of torch: the newest and the oldest supported, gigabytes each. Needs no GPU.
+CUDA_TORCH ?= 2.14.1 2.10.0
+CUDA := out/cuda
+cuda-check: export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0;10.0
+cuda-check: install
+	mkdir -p $(CUDA)
+	rm -rf $(CUDA)/wheels
+	MAML_EXT_BUILD=cuda $(PY) setup.py --quiet build --build-base $(CUDA)/build bdist_wheel --dist-dir $(CUDA)/wheels \
+		>$(CUDA)/build.log 2>&1 || ! cat $(CUDA)/build.log
+	set -e; for torch in $(CUDA_TORCH); do \
+		there=$(CUDA)/torch-$$torch; \
+		test -e $$there/.installed || $(PYTHON) -m venv --clear $$there; \
+		test -e $$there/.installed || $$there/bin/pip install --quiet --disable-pip-version-check torch==$$torch numpy; \
+		touch $$there/.installed; \
+		$$there/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall $(CUDA)/wheels/*.whl; \
+		$$there/bin/python tests/cuda_check.py; \
+	done
 
 demo: install
 	$(PY) -m examples.demo $(ARGS)

@@ -23,9 +23,10 @@ template <class scalar>
 Tensors update(const Tensors& theta, const Tensors& grad, const Tensors& lr, const Sizes& sizes) {
   const auto device = grad[0].get_device_index();
   const DeviceGuard guard(device);
+  const auto stream = cuda::current_stream(device);
   Tensors out = new_empty_like(grad);
   const auto segments = segments_of<scalar>(theta, grad, lr, out, false, sizes);
-  cuda::check(cuda::sgd_update(segments.data(), segments.size(), cuda::current_stream(device)), "sgd_update");
+  cuda::check(cuda::sgd_update(segments.data(), segments.size(), stream), "sgd_update");
   return out;
 }
 
@@ -33,14 +34,14 @@ template <class scalar>
 Tensors rate_gradient(const Tensors& cotangent, const Tensors& grad, const Tensors& lr, const Sizes& sizes) {
   const auto device = grad[0].get_device_index();
   const DeviceGuard guard(device);
+  const auto stream = cuda::current_stream(device);
   Tensors out = new_empty_like(lr);
   const auto segments = segments_of<scalar>(cotangent, grad, lr, out, true, sizes);
   const int64_t sums = cuda::rate_gradient_workspace(segments.data(), segments.size());
   // Freed on return: the allocator hands it to later work of this stream only.
   const Tensor workspace = torch::stable::new_empty(grad[0], {sums}, ScalarType::Double);
-  cuda::check(cuda::sgd_rate_gradient(segments.data(), segments.size(), workspace.mutable_data_ptr<double>(),
-                                      cuda::current_stream(device)),
-              "sgd_rate_gradient");
+  double* sums_at = workspace.mutable_data_ptr<double>();
+  cuda::check(cuda::sgd_rate_gradient(segments.data(), segments.size(), sums_at, stream), "sgd_rate_gradient");
   return out;
 }
 

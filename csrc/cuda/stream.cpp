@@ -24,6 +24,9 @@ void check(cudaError_t error, const char* what) {
 }
 
 cudaStream_t current_stream(int64_t device) {
+  int count = 0;
+  static const cudaError_t usable = cudaGetDeviceCount(&count);  // torch may be there with an older CUDA and driver
+  check(usable, "CUDA kernels");
   static const CurrentStream current = find_current_stream();
   STD_TORCH_CHECK(current, "CUDA kernels need PyTorch's libtorch_cuda, which is not loaded");
   void* stream = nullptr;

@@ -1,0 +1,116 @@
+"""What can be tried of a CUDA build beside the torch at hand, without a GPU. Run by plain python: `make cuda-check`.
+
+The installed maml_ext is the one checked. On a machine with a GPU the doctor, which comes last, runs there too.
+"""
+
+import ctypes
+import os
+import sys
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+import maml_ext
+from maml_ext import recognise
+from maml_ext.doctor import doctor
+from maml_ext.ops import library
+from maml_ext.stateless import Layout
+
+ON_CUDA = ("sgd_update", "sgd_rate_gradient")  # what has a kernel there
+
+
+def check(condition: object, what: str) -> None:
+    print(f"{'ok    ' if condition else 'WRONG '} {what}")
+    if not condition:
+        sys.exit(1)
+
+
+def error_of(call) -> str:
+    """What it raises, if that is a RuntimeError; anything else ends the check."""
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def operators_with_a_fake() -> list[str]:
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("maml_ext::"))
+    find = torch._library.simple_registry.singleton.find
+    return sorted(name.split("::")[1] for name in names if find(name).fake_impl.kernel is not None)
+
+
+def calls() -> dict[str, tuple]:
+    """Arguments for each operator, on the CPU."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    layout = Layout(net)
+    known = recognise.network(recognise.trace(net), layout, torch.Size([4]))
+    theta = layout.flatten().detach().expand(2, -1).contiguous()
+    network = ([*known.program, 0, 0, -1, 0], [*known.numbers, 0.0, 0.0], None, theta)  # behind it, the loss: mse
+    x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 2)
+    direction, lr = torch.randn_like(theta), torch.full((1, 1), 0.1)
+    return {
+        "sgd_update": ([theta], [direction], [lr[0, 0]], []),
+        "sgd_rate_gradient": ([theta], [direction], [theta[0]], []),
+        "predict": (*network, x, [2]),
+        "pull": (*network, x, y, [1, 1]),
+        "pull_tangent": (*network, x, y, direction, None),
+        "score": (*network, x, y, None, [1, 1, 1, 0]),
+        "score_tangent": (*network, x, y, None, direction, None, None, None, [1, 1, 0]),
+        "adapt": (*network, lr, x, y, None, 2),
+        "adjoint": (*network, lr, x, y, None, [theta], [direction, direction], [0, 1], False, [1, 1, 1, 0]),
+        "meta": (*network, lr, x, y, None, x, y, None, 2, False, False, [1, 1, 1, 0, 1, 1, 0]),
+    }
+
+
+def on_cuda(arguments):
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="cuda"), arguments)
+
+
+def check_installation() -> None:
+    where = os.path.dirname(maml_ext.__file__)
+    check("site-packages" in where, f"the installed package, on torch {torch.__version__}")
+    check(library.cuda_absent() is None, f"CUDA kernels, for {torch.ops.maml_ext.cuda_architectures()}")
+    for name in ON_CUDA:
+        has = torch._C._dispatch_has_kernel_for_dispatch_key(f"maml_ext::{name}", "CUDA")
+        check(has, f"maml_ext::{name} has a kernel on CUDA")
+    libtorch = ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
+    check(hasattr(libtorch, "aoti_torch_get_current_cuda_stream"), "PyTorch's current stream can be found")
+
+
+def check_shapes() -> None:
+    """Fake tensors on CUDA come out as real ones on the CPU do, but for the device."""
+    arguments = calls()
+    for name in operators_with_a_fake():
+        operator = getattr(torch.ops.maml_ext, name)
+        real = operator(*arguments[name])
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = operator(*on_cuda(arguments[name]))
+        same = [(f.shape, f.dtype, f.device.type) for f in fake] == [(r.shape, r.dtype, "cuda") for r in real]
+        check(same, f"maml_ext::{name} of fake CUDA tensors")
+
+
+def check_errors() -> None:
+    on_cuda_key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for name in ON_CUDA:
+        operator = getattr(torch.ops.maml_ext, name).default
+        message = error_of(lambda: operator.redispatch(on_cuda_key, *calls()[name]))  # noqa: B023
+        check("expected tensors on one CUDA device" in message, f"maml_ext::{name} refuses CPU tensors on CUDA")
+    if torch.cuda.device_count():
+        return
+    check(torch.ops.maml_ext.cuda_devices() == 0, "no devices")
+    message = error_of(lambda: torch.ops.maml_ext.cuda_shared_memory(0))
+    check("cuda_shared_memory: cuda" in message, f"an error without a device: {message}")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = on_cuda(calls()["sgd_update"])
+    message = error_of(lambda: torch.ops.maml_ext.sgd_update.default.redispatch(on_cuda_key, *tensors))
+    check("CUDA kernels: cuda" in message, f"a launch without a device: {message}")
+
+
+if __name__ == "__main__":
+    check_installation()
+    check_shapes()
+    check_errors()
+    sys.exit(doctor())
