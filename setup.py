@@ -8,7 +8,7 @@
     none            nothing: the pure-Python package.
 
 nvcc is that of ``CUDA_HOME`` or ``CUDA_PATH``, else the one on the path. ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0+PTX") says
-for which architectures, by default those of ``ARCHITECTURES`` that nvcc knows, and PTX of the newest for all later ones.
+for which architectures: by default those of ``ARCHITECTURES`` that nvcc knows, with PTX of the newest for later ones.
 
 ``MAML_EXT_SANITIZE=1`` compiles with AddressSanitizer and UndefinedBehaviorSanitizer (GCC), beside it
 ``maml_ext._planted`` with bugs for them to find. It loads in a process that preloads libasan: see `make sanitize`.
@@ -201,7 +201,7 @@ def extensions() -> list:
     sanitize = os.environ.get("MAML_EXT_SANITIZE") == "1"
     nvcc = wanted_nvcc(build)
     sources = [path for path in files("*.cpp") if nvcc or not path.startswith("csrc/cuda/")]
-    depends = [path for pattern in ("*.h", "*.cuh", "*.cu") for path in files(pattern)]
+    depends = [path for pattern in ("*.h", "*.cuh", "*.cu", "*.cpp") for path in files(pattern)]  # sdist takes them all
     planted = [extension("maml_ext._planted", ["tests/planted.cpp"], sanitize)] if sanitize else []
     return [extension("maml_ext._C", sources, sanitize, nvcc, depends=depends), *planted]
 

@@ -16,6 +16,8 @@ from maml_ext.ops import sgd as implementation
 
 update, rate_gradient = torch.ops.maml_ext.sgd_update, torch.ops.maml_ext.sgd_rate_gradient
 needs_kernels = pytest.mark.skipif(bool(library.ABSENT), reason=f"no kernels here: {library.ABSENT}")
+NO_CUDA = library.cuda_absent() or (None if torch.ops.maml_ext.cuda_devices() else "there is no CUDA device")
+needs_cuda = pytest.mark.skipif(bool(NO_CUDA), reason=f"runs CUDA kernels: {NO_CUDA}")
 
 # One shape: flat parameters, of tensors that lie along the last dimension. A list of shapes: a list.
 LAYOUTS = {
@@ -407,6 +409,25 @@ def test_kernels_agree_with_the_formula(operator):
     for operands in samples(requires_grad=False):
         if operator is update or operands[0]:
             assert disagreement(operator, formula_of(operator), operands) < 1e-13
+
+
+@needs_cuda
+@pytest.mark.parametrize("operator", [update, rate_gradient], ids=["update", "rate gradient"])
+def test_cuda_kernels_agree_with_the_formula_and_repeat_their_bits(operator):
+    n, double = 100003, torch.float64
+    large = [  # more tensors than a launch takes
+        (*([torch.randn(tasks, n, dtype=double)] * 60 for _ in range(2)), [rate] * 60, [9, n - 9])
+        for tasks in (1, 40)
+        for rate in (torch.rand((), dtype=double), torch.rand(2, dtype=double), torch.rand(n, dtype=double))
+    ]
+    for operands in [*samples(requires_grad=False), *large]:
+        if operator is rate_gradient and not operands[0]:
+            continue
+        there = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cuda(), operands)
+        results, again = operator(*there), operator(*there)
+        for result, repeated, expected in zip(results, again, formula_of(operator)(*operands), strict=True):
+            assert torch.equal(result, repeated)
+            torch.testing.assert_close(result.cpu(), expected, rtol=1e-12, atol=1e-10)
 
 
 def test_negative_controls(monkeypatch):
