@@ -2,8 +2,8 @@
 
 ``choose`` says whether the engine of the tensors' device can run a call, or why not. The Functions below compute
 values and first derivatives by the operators of ``ops/engine.py``, second derivatives of the network and the loss too;
-a derivative beyond that (a backward pass that is itself recorded, by ``create_graph=True``) goes the reference's way, which is
-differentiable to any order: never through a gradient that was computed before and is a constant by now.
+a derivative beyond that (a backward pass that is itself recorded, by ``create_graph=True``) goes the reference's way,
+which is differentiable to any order: never through a gradient that was computed before and is a constant by now.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 // The inner loop of all tasks in one launch, and its adjoint recursion in another: a block a task.
 //
 // Shared memory holds theta for all K steps, the values of the chunk's samples, gradients, and in the recursion the
-// direction rate * lambda and the tangents of all these. Device memory: the inner loop reads theta_0 and the samples and
-// writes theta_1 .. theta_K, P numbers a step and task. The recursion reads theta_k, P numbers a step, and keeps lambda
-// there, which each thread reads and writes a share of: 3 P numbers a step (from the second level cache, where the lambdas
-// of all tasks fit).
+// direction rate * lambda and the tangents of all these. Device memory: the inner loop reads theta_0 and the samples
+// and writes theta_1 .. theta_K, P numbers a step and task. The recursion reads theta_k, P numbers a step, and keeps
+// lambda there, which each thread reads and writes a share of: 3 P numbers a step (from the second level cache, where
+// the lambdas of all tasks fit).
 #include "launch.h"
 #include "task.h"
 
@@ -14,14 +14,15 @@ namespace maml_ext::cuda {
 template <class T>
 struct Steps {
   int64_t begin, end;
-  T* theta[kStepsOfALaunch];           // adapt: theta_{k+1}, written; adjoint: theta_k, null for theta_0
+  T* theta[kStepsOfALaunch];            // adapt: theta_{k+1}, written; adjoint: theta_k, null for theta_0
   const T* cotangent[kStepsOfALaunch];  // adjoint: of theta_{k+1}, or null
-  const T* start;                      // adapt: theta_begin, null for theta_0
+  const T* start;                       // adapt: theta_begin, null for theta_0
 };
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    adapt(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call, const __grid_constant__ Steps<T> steps) {
+    adapt(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call,
+          const __grid_constant__ Steps<T> steps) {
   DYNAMIC_SHARED(shared);
   const Task<T> task(plan, call, shared);
   task.load_parameters(steps.start ? task.of_task(steps.start, false) : task.of_task(call.theta, call.shared));
@@ -35,8 +36,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) adjoint(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call,
-                                                    const __grid_constant__ Steps<T> steps) {
+__global__ void __launch_bounds__(kThreads, 1)
+    adjoint(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call,
+            const __grid_constant__ Steps<T> steps) {
   DYNAMIC_SHARED(shared);
   const Task<T> task(plan, call, shared);
   T* const lambda = call.to_theta + task.task * plan.parameters;
@@ -44,8 +46,7 @@ __global__ void __launch_bounds__(kThreads, 1) adjoint(const __grid_constant__ P
   for (int64_t k = steps.end; k-- > steps.begin;) {
     const T *theta = steps.theta[k - steps.begin], *cotangent = steps.cotangent[k - steps.begin];
     task.load_parameters(theta ? task.of_task(theta, false) : task.of_task(call.theta, call.shared));
-    if (cotangent)
-      each_parameter(plan, [&](int, int64_t at) { lambda[at] += task.of_task(cotangent, false)[at]; });
+    if (cotangent) each_parameter(plan, [&](int, int64_t at) { lambda[at] += task.of_task(cotangent, false)[at]; });
     task.step_back(k, k < steps.end - 1, lambda);
   }
 }
@@ -54,7 +55,10 @@ template <class T>
 cudaError_t run_adapt(const Plan& plan, const Call<T>& call, Grid grid) {
   cudaError_t error = cudaSuccess;
   for (int64_t begin = 0; begin < call.steps && error == cudaSuccess; begin += kStepsOfALaunch) {
-    Steps<T> steps{begin, begin + kStepsOfALaunch < call.steps ? begin + kStepsOfALaunch : call.steps, {}, {},
+    Steps<T> steps{begin,
+                   begin + kStepsOfALaunch < call.steps ? begin + kStepsOfALaunch : call.steps,
+                   {},
+                   {},
                    begin ? call.to_trajectory[begin - 1] : nullptr};
     for (int64_t k = begin; k < steps.end; k++) steps.theta[k - begin] = call.to_trajectory[k];
     error = launch(adapt<T>, grid, plan, call, steps);
@@ -79,8 +83,8 @@ cudaError_t run_adjoint(const Plan& plan, const Call<T>& call, Grid grid) {
 
 static_assert(sizeof(Plan) + sizeof(Call<double>) + sizeof(Steps<double>) <= 4096, "parameters of a kernel");
 
-#define INSTANTIATE(T)                                                   \
-  template cudaError_t run_adapt(const Plan&, const Call<T>&, Grid);     \
+#define INSTANTIATE(T)                                               \
+  template cudaError_t run_adapt(const Plan&, const Call<T>&, Grid); \
   template cudaError_t run_adjoint(const Plan&, const Call<T>&, Grid);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -1,5 +1,5 @@
-// What the threads of a block do together: products, sums, passes over the parameters. A thread block works on one task;
-// everything it works on is in shared memory.
+// What the threads of a block do together: products, sums, passes over the parameters. A thread block works on one
+// task; everything it works on is in shared memory.
 #pragma once
 
 #include "plan.h"

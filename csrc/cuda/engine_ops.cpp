@@ -1,5 +1,5 @@
-// The CUDA engine behind torch.ops.maml_ext. The one registered entry for CUDA tensors: where a network does not fit the
-// kernels it says why.
+// The CUDA engine behind torch.ops.maml_ext. The one registered entry for CUDA tensors: where a network does not fit
+// the kernels it says why.
 #include <torch/csrc/stable/accelerator.h>
 
 #include "run.h"

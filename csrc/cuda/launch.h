@@ -36,8 +36,7 @@ cudaError_t sum_tasks(const T* from, T* to, int64_t tasks, int64_t count, cudaSt
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), Grid grid, Parameters... arguments) {
   if (grid.tasks > 0x7fffffff) return cudaErrorInvalidValue;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.bytes));
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.bytes));
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(grid.tasks));

@@ -1,5 +1,5 @@
-// The meta-gradient of all tasks in one launch, whatever the number of steps: a block a task adapts, scores its query set
-// and runs the adjoint recursion. A second launch sums over tasks what they share.
+// The meta-gradient of all tasks in one launch, whatever the number of steps: a block a task adapts, scores its query
+// set and runs the adjoint recursion. A second launch sums over tasks what they share.
 //
 // Shared memory as in adapt.cu. Device memory: P numbers a step and task are written and read again (the trajectory),
 // lambda as in adapt.cu.
@@ -9,8 +9,8 @@
 namespace maml_ext::cuda {
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) meta(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call,
-                                                 T* trajectory, T* lambda) {
+__global__ void __launch_bounds__(kThreads, 1)
+    meta(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call, T* trajectory, T* lambda) {
   DYNAMIC_SHARED(shared);
   const Task<T> task(plan, call, shared);
   const T* const initial = task.of_task(call.theta, call.shared);
@@ -23,8 +23,7 @@ __global__ void __launch_bounds__(kThreads, 1) meta(const __grid_constant__ Plan
   for (int64_t k = 0; k <= call.steps; k++) {
     const bool last = k == call.steps;
     task.clear_slopes();
-    const T loss =
-        task.template score<T>(last ? call.query : task.alone(call.support), k > 0 && !last, true, last, 1);
+    const T loss = task.template score<T>(last ? call.query : task.alone(call.support), k > 0 && !last, true, last, 1);
     if (!last)
       task.update(k, theta(k + 1));
     else if (threadIdx.x == 0)

@@ -1,8 +1,8 @@
 // Predictions, their gradients and the derivative of those: one launch, a block a task.
 //
 // Shared memory: the task's parameters (and for the second derivative their direction), a frame of the values of each
-// sample in the chunk (and their tangents), two buffers of gradients that take turns from layer to layer, the gradient of
-// the parameters. Device memory: parameters and samples are read once, results written once.
+// sample in the chunk (and their tangents), two buffers of gradients that take turns from layer to layer, the gradient
+// of the parameters. Device memory: parameters and samples are read once, results written once.
 #include "launch.h"
 #include "task.h"
 
@@ -33,7 +33,8 @@ INLINE void seed_cotangent(const Task<T>& task, int64_t first, int count) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) predict(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call) {
+__global__ void __launch_bounds__(kThreads, 1)
+    predict(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call) {
   DYNAMIC_SHARED(shared);
   const Task<T> task(plan, call, shared);
   task.load_parameters(task.of_task(call.theta, call.shared));
@@ -45,7 +46,8 @@ __global__ void __launch_bounds__(kThreads, 1) predict(const __grid_constant__ P
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) pull(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call) {
+__global__ void __launch_bounds__(kThreads, 1)
+    pull(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call) {
   DYNAMIC_SHARED(shared);
   const Task<T> task(plan, call, shared);
   task.load_parameters(task.of_task(call.theta, call.shared));

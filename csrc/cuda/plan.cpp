@@ -6,8 +6,9 @@
 namespace maml_ext::cuda {
 namespace {
 
-const char* const kKinds[] = {"a convolution",  "a norm",           "an activation", "pooling", "average pooling",
-                              "a reshape",      "a product", "a softmax",     "batch norm or pooling"};
+const char* const kKinds[] = {"a convolution", "a norm",          "an activation",
+                              "pooling",       "average pooling", "a reshape",
+                              "a product",     "a softmax",       "batch norm or pooling"};
 
 // The plan while it is put together.
 struct Planner {
@@ -40,7 +41,8 @@ std::string Planner::stretches() {
     std::vector<Part> parts;
     for (int i = 0; i < net.slots; i++) {
       const Slot& s = net.slot[i];
-      const int64_t extent = s.kind == kFilter ? s.taps * s.inputs / s.groups * s.outputs : s.height * s.width * s.outputs;
+      const int64_t extent =
+          s.kind == kFilter ? s.taps * s.inputs / s.groups * s.outputs : s.height * s.width * s.outputs;
       if (s.fixed == fixed) parts.push_back({s.source, extent, i});
     }
     std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.source < b.source; });
@@ -54,12 +56,14 @@ std::string Planner::stretches() {
     }
     if (at < end) all.push_back({at, end - at, -1});
     for (const Part& p : all) {
-      if (plan.stretches + plan.fixed_stretches == kSlots) return "more parameter tensors than fit in a kernel's parameters";
+      if (plan.stretches + plan.fixed_stretches == kSlots)
+        return "more parameter tensors than fit in a kernel's parameters";
       const bool matrix = p.slot >= 0 && net.slot[p.slot].kind == kFilter;
       const int64_t columns = matrix ? net.slot[p.slot].inputs : p.extent, rows = matrix ? net.slot[p.slot].outputs : 1;
       int& extent = fixed ? plan.fixed : plan.adapted;
       const int start = fixed ? plan.adapted + plan.fixed : plan.adapted, pitch = Stage::pitch(int(columns));
-      if (columns > kMaximumElements || rows * pitch > kMaximumElements - extent) return "too many parameters for shared memory";
+      if (columns > kMaximumElements || rows * pitch > kMaximumElements - extent)
+        return "too many parameters for shared memory";
       if (p.slot >= 0) place[p.slot] = start;
       plan.stretch[plan.stretches + plan.fixed_stretches] = {p.source, start, int(rows), int(columns), pitch};
       (fixed ? plan.fixed_stretches : plan.stretches)++;
@@ -101,7 +105,8 @@ std::string Planner::add(const Layer& l) {
     s.kind = kElementwise;
     s.scale = l.a, s.shift = l.b;
     s.before = s.out = new_value(features);
-  } else if (l.kind == kContract && vectors && l.kh * l.kw == 1 && net.slot[l.weight].groups == 1 && !l.top && !l.left) {
+  } else if (l.kind == kContract && vectors && l.kh * l.kw == 1 && net.slot[l.weight].groups == 1 && !l.top &&
+             !l.left) {
     s.kind = kLinear;
     s.outputs = int(y.c);
     s.before = s.out = new_value(y.c);
@@ -113,7 +118,8 @@ std::string Planner::add(const Layer& l) {
     s.saved = plan.frame;
     plan.frame += 2 * s.groups;
   } else {
-    return std::string(kKinds[l.kind]) + " has no rule in the CUDA kernels, which know linear layers, activations, scaling, "
+    return std::string(kKinds[l.kind]) +
+           " has no rule in the CUDA kernels, which know linear layers, activations, scaling, "
            "and layer and group norm on vectors";
   }
   in = s.out;
@@ -127,7 +133,8 @@ std::string plan_of(const Network& net, Plan& plan) {
   plan = {};
   plan.parameters = net.parameters, plan.constants = net.constants;
   for (int v = 0; v < net.values; v++)
-    if (net.value[v].c * net.value[v].h * net.value[v].w > kMaximumElements) return "a sample is too large for shared memory";
+    if (net.value[v].c * net.value[v].h * net.value[v].w > kMaximumElements)
+      return "a sample is too large for shared memory";
   Planner planner{net, plan, std::vector<int>(net.slots, -1), 0, 0};
   std::string reason = planner.stretches();
   if (!reason.empty()) return reason;
@@ -169,15 +176,18 @@ Size size_of(Plan& plan, Mode mode, bool wants_rates, bool first_order, int64_t 
   const int64_t none = bytes(0), each = bytes(1) - none;
   const int64_t fitting = (available - none) / each;
   if (available < none || fitting < 1)
-    return {0, 0, "a block of threads would need " + std::to_string((none + each + 1023) / 1024) +
-                      " KiB of shared memory for the parameters and one sample, and the device has " +
-                      std::to_string(available / 1024)};
+    return {0, 0,
+            "a block of threads would need " + std::to_string((none + each + 1023) / 1024) +
+                " KiB of shared memory for the parameters and one sample, and the device has " +
+                std::to_string(available / 1024)};
   const int64_t chunks = std::max<int64_t>(1, (samples + fitting - 1) / fitting);
   Size size{bytes(std::max<int64_t>(1, (samples + chunks - 1) / chunks)), kWarp, ""};
   for (int i = 0; i < plan.stages; i++) {
     const Stage& s = plan.stage[i];
-    const int64_t work = std::max<int64_t>(int64_t(plan.chunk) * std::max(s.inputs, s.outputs), int64_t(s.inputs) * s.outputs);
-    size.threads = int(std::max<int64_t>(size.threads, std::min<int64_t>(kThreads, (work / 4 + kWarp - 1) / kWarp * kWarp)));
+    const int64_t work =
+        std::max<int64_t>(int64_t(plan.chunk) * std::max(s.inputs, s.outputs), int64_t(s.inputs) * s.outputs);
+    size.threads =
+        int(std::max<int64_t>(size.threads, std::min<int64_t>(kThreads, (work / 4 + kWarp - 1) / kWarp * kWarp)));
   }
   return size;
 }

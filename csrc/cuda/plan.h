@@ -26,14 +26,14 @@ enum StageKind : int { kLinear, kGroupNorm, kElementwise };
 struct Stage {
   StageKind kind;
   Activation activation;
-  int inputs, outputs;            // features
-  int in, before, out;            // where values are in a frame, for one sample: its input, before and behind the activation
-  int saved, groups;              // norms: where mean and 1 / deviation of each group are
-  int weight, bias;               // where in the vector of parameters, -1: absent
+  int inputs, outputs;  // features
+  int in, before, out;  // where values are in a frame, for one sample: its input, before and behind the activation
+  int saved, groups;    // norms: where mean and 1 / deviation of each group are
+  int weight, bias;     // where in the vector of parameters, -1: absent
   bool learns_weight, learns_bias;  // not constants
-  bool moves;                     // a gradient at the input is wanted
-  double a, b;                    // of the activation
-  double eps, scale, shift;       // of the norm; kElementwise: scale x + shift, where before != in
+  bool moves;                       // a gradient at the input is wanted
+  double a, b;                      // of the activation
+  double eps, scale, shift;         // of the norm; kElementwise: scale x + shift, where before != in
 
   HOST_DEVICE static int pitch(int features) { return features | 1; }
 };
@@ -46,16 +46,16 @@ struct Stretch {
 
 struct Plan {
   int stages, stretches, fixed_stretches;  // the stretches of theta first
-  int adapted, fixed;      // elements of the block's vector: of theta, of the constants behind it
-  int features, outputs;   // of a sample and of its prediction
-  int frame, widest;       // elements of a frame for one sample; the largest pitch
+  int adapted, fixed;                      // elements of the block's vector: of theta, of the constants behind it
+  int features, outputs;                   // of a sample and of its prediction
+  int frame, widest;                       // elements of a frame for one sample; the largest pitch
   int64_t parameters, constants;
   LossKind loss;
   int64_t ignore_index;
-  int class_weight;        // where in the vector of parameters, -1: absent
+  int class_weight;  // where in the vector of parameters, -1: absent
   double loss_parameter;
   // Of the call:
-  int chunk;               // samples that are in memory at a time
+  int chunk;  // samples that are in memory at a time
   bool backward, dual, keeps_value;
   Stage stage[kLayers];
   Stretch stretch[kSlots];
@@ -67,11 +67,11 @@ struct Memory {
   T *parameters, *direction;  // theta and the constants; a direction of theta, 0 for the constants
   T *slope, *value_slope;     // gradient of theta: of a dual pass its tangent, and the value where it is wanted
   T *values, *tangents;       // a frame for each sample of a chunk
-  // Gradients at the values of a layer and of the one before it, which take turns: the second lies `apart` from the first.
-  // (Two pointers to choose from would no longer be known to the compiler to be to shared memory.)
+  // Gradients at the values of a layer and of the one before it, which take turns: the second lies `apart` from the
+  // first. (Two pointers to choose from would no longer be known to the compiler to be to shared memory.)
   T *gradients, *gradient_tangents;
   int apart;
-  T *sums;                    // of each warp
+  T* sums;  // of each warp
 
   // Returns the bytes needed; with `counts` that is all.
   template <bool counts>

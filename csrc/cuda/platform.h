@@ -9,6 +9,11 @@ constexpr int kGap = emulation::kAddressSanitizer ? 64 : 0;
 
 inline void poison(void* memory, int bytes) { emulation::sanitizer::poison(memory, bytes); }
 
+template <class T>
+inline T* in_device_memory(T* pointer) {
+  return pointer;
+}
+
 #define CALLED __attribute__((noinline))
 #else
 #include <cuda_runtime.h>
@@ -22,6 +27,13 @@ constexpr int kGap = 0;
 
 // Nobody may touch these bytes of shared memory until the block ends.
 __host__ __device__ inline void poison(void*, int) {}
+
+// For pointers of which the compiler loses sight that they are not to shared memory: those it chooses between.
+template <class T>
+__device__ __forceinline__ T* in_device_memory(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
 
 #define CALLED __device__ __noinline__
 #endif

@@ -57,7 +57,8 @@ void run(const Call<T>& given, const Tensor& like, int64_t available, cudaStream
   if (call.to_rates) check_launched(sum_tasks(call.to_rates, given.to_rates, call.tasks, rates, stream));
 }
 
-// Why the kernels cannot run a program, for any call, on a device whose blocks have so much shared memory; "" if they can.
+// Why the kernels cannot run a program, for any call, on a device whose blocks have so much shared memory; "" if they
+// can.
 inline std::string misfit(Ints program, Numbers numbers, int64_t element_size, int64_t shared_memory) {
   STD_TORCH_CHECK(element_size == 4 || element_size == 8, "element_size: expected 4 or 8, got ", element_size);
   return misfit_of(*network_of(program, numbers, 1, true), int(element_size), shared_memory);

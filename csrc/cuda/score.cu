@@ -7,7 +7,8 @@
 namespace maml_ext::cuda {
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) score(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call) {
+__global__ void __launch_bounds__(kThreads, 1)
+    score(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call) {
   DYNAMIC_SHARED(shared);
   const Task<T> task(plan, call, shared);
   task.load_parameters(task.of_task(call.theta, call.shared));

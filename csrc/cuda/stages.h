@@ -1,8 +1,9 @@
-// The rules of the layers. Each is written once, for numbers D: on plain numbers it gives values and gradients, on Duals
-// their tangents too, which is the Hessian-vector product (forward over reverse, one pass for both).
+// The rules of the layers. Each is written once, for numbers D: on plain numbers it gives values and gradients, on
+// Duals their tangents too, which is the Hessian-vector product (forward over reverse, one pass for both).
 //
 //   forward    values of the input -> values before and behind the activation
-//   backward   the gradient at the value before the activation -> the gradient before the activation of the stage below,
+//   backward   the gradient at the value before the activation -> the gradient before the activation of the stage
+//   below,
 //              and of the parameters
 //
 // A stage's activation is applied where its argument is stored, and its derivative where the gradient behind it is: so
@@ -88,9 +89,7 @@ struct Stages {
     product<D>(
         count, s.outputs, s.inputs, [&](int n, int k) { return x.at(n * pitch + k); },
         [&](int j, int k) { return weight.at(j * pitch + k); },
-        [&](int n, int j, D sum) {
-          y.set(n * out_pitch + j, s.bias < 0 ? sum : sum + parameters<D>(s.bias).at(j));
-        },
+        [&](int n, int j, D sum) { y.set(n * out_pitch + j, s.bias < 0 ? sum : sum + parameters<D>(s.bias).at(j)); },
         [&](int n, int j) { activate<D>(s, n, j); });
   }
 
@@ -118,8 +117,8 @@ struct Stages {
           [&](int n, int i, D sum) { to.set(n * pitch + i, sum); }, [&](int n, int i) { descend(below, to, n, i); });
   }
 
-  // Layer and group norm: y = gamma x^ + beta with x^ = r (x - mean) over the features of a group; a warp takes a group of
-  // a sample. With h = gamma gy and means over the group, gx = r (h - mean(h) - x^ mean(h x^)).
+  // Layer and group norm: y = gamma x^ + beta with x^ = r (x - mean) over the features of a group; a warp takes a group
+  // of a sample. With h = gamma gy and means over the group, gx = r (h - mean(h) - x^ mean(h x^)).
 
   template <class D, class F>
   INLINE void each_group(const Stage& s, int count, F f) const {
@@ -240,8 +239,8 @@ struct Stages {
     }
   }
 
-  // From the gradient before the last activation, on side 0. Returns the side that the gradient at the network's input is
-  // on, if it is wanted.
+  // From the gradient before the last activation, on side 0. Returns the side that the gradient at the network's input
+  // is on, if it is wanted.
   template <class D>
   INLINE int backward(int count) const {
     int side = 0;

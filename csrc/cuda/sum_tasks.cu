@@ -1,5 +1,5 @@
-// Sums over tasks of what they share: a thread adds up one element, task after task, so that the order is always the same.
-// Neighbouring threads read neighbouring elements; tasks x count numbers are read once.
+// Sums over tasks of what they share: a thread adds up one element, task after task, so that the order is always the
+// same. Neighbouring threads read neighbouring elements; tasks x count numbers are read once.
 #include "launch.h"
 
 namespace maml_ext::cuda {

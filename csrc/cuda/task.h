@@ -60,7 +60,7 @@ struct Task : Stages<T> {
     return data;
   }
   INLINE bool left_out(const Data<T>& data, int64_t n) const {
-    return data.weight && !data.to_weight && !data.weight_t && data.weight[sample(data, n)] == 0;
+    return data.weight && !data.to_weight && !data.weight_t && in_device_memory(data.weight)[sample(data, n)] == 0;
   }
   template <class D>
   INLINE void load_samples(const Data<T>& data, int64_t first, int count) const {
@@ -81,12 +81,14 @@ struct Task : Stages<T> {
   template <class D>
   INLINE D weight(const Data<T>& data, int64_t n) const {
     if (!data.weight) return D(1);
-    D w(data.weight[sample(data, n)]);
+    D w(in_device_memory(data.weight)[sample(data, n)]);
     if constexpr (is_dual<D>)
       if (data.weight_t) w.tangent = data.weight_t[sample(data, n)];
     return w;
   }
-  INLINE T class_weight(int64_t k) const { return plan.class_weight < 0 ? T(1) : memory.parameters[plan.class_weight + k]; }
+  INLINE T class_weight(int64_t k) const {
+    return plan.class_weight < 0 ? T(1) : memory.parameters[plan.class_weight + k];
+  }
   // -1: not counted, -2: not a class at all
   INLINE int64_t label(const Data<T>& data, int64_t n) const {
     const int64_t k = data.labels[sample(data, n)];
@@ -107,7 +109,8 @@ struct Task : Stages<T> {
     return sum_over_block(sum, memory.sums);
   }
 
-  // The loss of sample first + n; its gradient times `scale` goes to gradient(0), and what is wanted to to_y, times sign.
+  // The loss of sample first + n; its gradient times `scale` goes to gradient(0), and what is wanted to to_y, times
+  // sign.
   template <class D>
   INLINE D sample_loss(const Data<T>& data, int64_t first, int n, D scale, T sign) const {
     const int pitch = Stage::pitch(plan.outputs), last = plan.stages - 1;
@@ -150,7 +153,8 @@ struct Task : Stages<T> {
   }
 
   // Passes over the samples, a chunk of them at a time. `seed(first, count)` puts the gradient at the predictions into
-  // gradient(0); slopes add up over chunks. Where all samples are in memory at once they stay there: `resident` says so.
+  // gradient(0); slopes add up over chunks. Where all samples are in memory at once they stay there: `resident` says
+  // so.
   template <class D, class Seed>
   INLINE void pass(const Data<T>& data, bool resident, T sign, Seed seed) const {
 #pragma unroll 1
@@ -171,14 +175,13 @@ struct Task : Stages<T> {
 #pragma unroll 1
     for (int i = threadIdx.x; i < count * plan.features; i += blockDim.x) {
       const int n = i / plan.features, k = i % plan.features;
-      data.to_x[sample(data, first) * plan.features + i] +=
-          sign * result_of(g.at(n * Stage::pitch(plan.features) + k));
+      data.to_x[sample(data, first) * plan.features + i] += sign * result_of(g.at(n * Stage::pitch(plan.features) + k));
     }
     __syncthreads();
   }
 
-  // The loss with its gradient in the slopes (and what else `data` wants), or with D a Dual their tangents. Every thread
-  // gets the loss where it is `asked` for.
+  // The loss with its gradient in the slopes (and what else `data` wants), or with D a Dual their tangents. Every
+  // thread gets the loss where it is `asked` for.
   template <class D>
   INLINE D score(const Data<T>& data, bool resident, bool backward, bool asked, T sign) const {
     const D each = D(1) / normaliser<D>(data);
@@ -203,40 +206,39 @@ struct Task : Stages<T> {
   // theta <- theta - rate * gradient of the support loss, which is in the slopes; also into `next`, theta_{k+1} of this
   // task in device memory.
   INLINE void update(int64_t k, T* next) const {
-    each_parameter(plan, [&](int i, int64_t at) {
-      next[at] = memory.parameters[i] -= rate(k, at) * memory.slope[i];
-    });
+    each_parameter(plan, [&](int i, int64_t at) { next[at] = memory.parameters[i] -= rate(k, at) * memory.slope[i]; });
     __syncthreads();
   }
 
+  // - lambda_{k+1} * g_k, the gradient of the rates of step k.
+  INLINE void add_to_rates(int64_t k, const T* lambda) const {
+    const int64_t row = task * call.rate_rows + (call.rate_rows > 1 ? k : 0);
+    if (call.per_parameter) {
+      T* const to = call.to_rates + row * plan.parameters;
+      each_parameter(plan, [&](int i, int64_t at) { to[at] -= lambda[at] * memory.value_slope[i]; });
+    } else {
+      T sum = 0;
+      each_parameter(plan, [&](int i, int64_t at) { sum += lambda[at] * memory.value_slope[i]; });
+      sum = sum_over_block(sum, memory.sums);
+      if (threadIdx.x == 0) call.to_rates[row] -= sum;
+    }
+  }
+
   // lambda_{k+1} -> lambda_k = lambda_{k+1} - H (rate * lambda_{k+1}), in `lambda`, of this task in device memory; a
-  // thread reads and writes the same elements of it each time. theta_k has been loaded. To first order H counts as 0: the
-  // direction is, and what is left of the pass is the gradient, for that of the rates.
+  // thread reads and writes the same elements of it each time. theta_k has been loaded. To first order H counts as 0:
+  // the direction is, and what is left of the pass is the gradient, for that of the rates.
   INLINE void step_back(int64_t k, bool resident, T* lambda) const {
     if (!plan.dual) {  // nobody asks for anything but lambda, which does not change
       __syncthreads();
       return;
     }
     clear_slopes();
-    each_parameter(plan, [&](int i, int64_t at) {
-      memory.direction[i] = call.first_order ? T(0) : rate(k, at) * lambda[at];
-    });
+    each_parameter(
+        plan, [&](int i, int64_t at) { memory.direction[i] = call.first_order ? T(0) : rate(k, at) * lambda[at]; });
     __syncthreads();
     score<Dual<T>>(call.support, resident, true, false, -1);
-    const int64_t row = task * call.rate_rows + (call.rate_rows > 1 ? k : 0);
-    T along = 0;
-    each_parameter(plan, [&](int i, int64_t at) {
-      if (call.to_rates) {
-        const T change = lambda[at] * memory.value_slope[i];
-        if (call.per_parameter) call.to_rates[row * plan.parameters + at] -= change;
-        along += change;
-      }
-      lambda[at] -= memory.slope[i];
-    });
-    if (call.to_rates && !call.per_parameter) {
-      along = sum_over_block(along, memory.sums);
-      if (threadIdx.x == 0) call.to_rates[row] -= along;
-    }
+    if (call.to_rates) add_to_rates(k, lambda);
+    each_parameter(plan, [&](int i, int64_t at) { lambda[at] -= memory.slope[i]; });
     __syncthreads();
   }
 };
