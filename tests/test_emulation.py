@@ -8,7 +8,7 @@ import pytest
 pytestmark = pytest.mark.skipif(bool(emulation.unavailable()), reason=emulation.unavailable() or "-")
 
 NONE, READ_BEFORE_WRITE, WRITE_AFTER_READ, REUSED_SCRATCH, BEHIND_ARRAY, BEHIND_MEMORY = range(6)
-UNINITIALISED, DIVERGENT_BARRIER, SHARED_RESULT, ONLY_SHUFFLES = range(6, 10)
+UNINITIALISED, DIVERGENT_BARRIER, SHARED_RESULT, ONLY_SHUFFLES, DEAD_LOCK, EARLY_END = range(6, 12)
 
 PLAIN, DIFFERENT, ADDRESS, RACE, ABORTED = None, 3, 1, 66, -6  # the exit status of each kind of report
 
@@ -30,6 +30,8 @@ CASES = [
     (UNINITIALISED, PLAIN, DIFFERENT, ["differs: sum_rows"]),
     (DIVERGENT_BARRIER, PLAIN, ABORTED, ["divergent __syncthreads"]),
     (DIVERGENT_BARRIER, "thread", ABORTED, ["divergent __syncthreads"]),
+    (DEAD_LOCK, PLAIN, ABORTED, ["dead lock", "thread 0 waits for its block at", "thread 16 waits for its warp at"]),
+    (EARLY_END, PLAIN, ABORTED, ["divergent __syncthreads", "thread 0 waits for its block at", "thread 50 has ended"]),
     (SHARED_RESULT, PLAIN, DIFFERENT, ["differs: sum_rows"]),
     (SHARED_RESULT, "thread", RACE, ["data race", "sum_rows"]),
 ]
@@ -81,3 +83,11 @@ def test_a_divergent_barrier_is_reported_with_both_lines(builds):
 def test_a_sanitizer_names_the_line(builds, bug, mode, line):
     report = emulation.run([builds[bug, mode].result(), 0], sanitizer=mode).stdout
     assert f"planted.cu:{lines_with(line)[0]}" in report
+
+
+def test_the_portable_switch_between_threads(tmp_path):
+    """The one that processors other than x86-64 use."""
+    driver = emulation.HERE / "planted_driver.cpp"
+    program = emulation.compile([driver], tmp_path / "portable", defines=["EMULATION_UCONTEXT"])
+    result = emulation.run([program, 2])
+    assert result.returncode == 0, result.stdout

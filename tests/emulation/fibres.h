@@ -120,7 +120,7 @@ class SharedMemory {
   void* all_;
 };
 
-// One block, while it runs. It is on the heap, and new for each: what ThreadSanitizer knows of tags must not outlive it.
+// One block, while it runs. Each is new on the heap: what ThreadSanitizer knows of its tags must not outlive it.
 struct Block {
   SharedMemory memory;
   std::vector<Fibre> fibres;

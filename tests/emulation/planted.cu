@@ -18,6 +18,8 @@ enum Bug : int {
   kDivergentBarrier,
   kSharedResult,      // two blocks write one address
   kOnlyShuffles,      // nothing else between lanes that write and lanes that read
+  kDeadLock,          // half of a warp waits for the block, half for the warp
+  kEarlyEnd,          // of threads, before a barrier
 };
 constexpr Bug kBug = Bug{PLANTED};
 constexpr int kThreads = 64, kWarp = 32;
@@ -55,6 +57,7 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const __grid_constant__ Pla
   T mine = 0;
   for (int i = t; i < plan.columns; i += threads) mine += row[i];
   if (kBug != kUninitialised || t < plan.columns) partial[t] = mine;
+  if (kBug == kEarlyEnd && t >= plan.columns) return;
   if (kBug == kBehindArray && t == 0) partial[threads] = 0;
   if (kBug != kReadBeforeWrite) __syncthreads();
   for (int half = threads / 2; half > 0; half /= 2) {
@@ -136,6 +139,7 @@ __global__ void __launch_bounds__(kThreads) sum_heads(const __grid_constant__ Pl
     if (lane < half) __syncwarp(mask);  // one half waits more often than the other
   }
   if (lane % half == 0) halves[lane / half] = mine;
+  if (kBug == kDeadLock && lane < half) __syncthreads();
   if (kBug != kOnlyShuffles) __syncwarp();
   const double sum = __shfl_sync(~0u, halves[0] + halves[1], 7);
   if (lane == kWarp - 1) plan.out[row] = static_cast<float>(sum);

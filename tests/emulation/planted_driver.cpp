@@ -1,4 +1,4 @@
-// Runs the kernels of planted.cu forward, in reverse and in as many random orders as the argument says, and compares with
+// Runs the kernels of planted.cu forward, in reverse and in as many random orders as the argument says. Compares with
 // loops. Exit status 3, and a line, at a difference.
 #include <cmath>
 #include <cstdio>
