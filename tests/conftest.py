@@ -128,7 +128,7 @@ def call(module: nn.Module, parameters: dict[str, Tensor], x: Tensor | tuple) ->
 
 def weighted_sum(losses: Tensor) -> Tensor:
     """A scalar to which every loss contributes with a weight of its own, so that a mix-up of tasks shows."""
-    weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype)
+    weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype, device=losses.device)
     return (losses * weights.view_as(losses)).sum()
 
 

@@ -411,6 +411,7 @@ def test_kernels_agree_with_the_formula(operator):
             assert disagreement(operator, formula_of(operator), operands) < 1e-13
 
 
+@pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("operator", [update, rate_gradient], ids=["update", "rate gradient"])
 def test_cuda_kernels_agree_with_the_formula_and_repeat_their_bits(operator):
