@@ -103,7 +103,7 @@ def transformed(device: torch.device) -> str | None:
         return "a torch.func transform is active: the reference differentiates and batches inside it"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is active, which the reference has"
-    if torch.is_autocast_enabled(device.type):
+    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
         return "autocast is on, the compiled engine computes in the parameters' dtype"
     return None
 

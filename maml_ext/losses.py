@@ -210,14 +210,16 @@ def check_pair(loss: Loss, name: str, target, expected: tuple[int, int], dtype: 
         raise ValueError(f"{name}: expected weights {list(expected)}, one a sample, got {list(weight.shape)}")
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether its values can be looked at: not inside a transform over it, nor while it is traced."""
-    return not (torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch.compiler.is_compiling())
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: not inside a transform over it, nor while it is traced; and not where a look
+    would wait for a device at every call (what is wrong there comes out as NaN)."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.device.type == "cpu" and not (wrapped or torch.compiler.is_compiling())
 
 
 def check_weights(name: str, weight: Tensor) -> None:
     """Raise where weights divide by 0 or worse; where their values cannot be read, by nobody."""
-    if not _readable(weight):
+    if not readable(weight):
         return
     weight = weight.detach()
     low, high, least = torch.stack([*torch.aminmax(weight), weight.sum(1).amin()]).tolist()
@@ -259,7 +261,7 @@ def check_fit(loss: Loss, name: str, target, prediction: torch.Size, dtype: torc
 
 def check_labels(loss: Loss, name: str, target: Tensor, prediction: torch.Size) -> None:
     """Raise where a label is no class: apart from the rest, because it reads the data."""
-    if loss.kind != "cross_entropy" or target.is_floating_point() or not _readable(target):
+    if loss.kind != "cross_entropy" or target.is_floating_point() or not readable(target):
         return
     ignored = loss.ignore_index
     low, high = torch.stack(torch.aminmax(torch.where(target == ignored, 0, target))).tolist()

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .losses import readable
+
 
 def check_rate(lr: Tensor, sizes: Sequence[int], steps: int, dtype: torch.dtype) -> None:
     """Raise where ``lr`` does not fit the parameters or the number of steps."""
@@ -26,7 +28,7 @@ def check_rate(lr: Tensor, sizes: Sequence[int], steps: int, dtype: torch.dtype)
         )
     if lr.dim() == 2 and lr.shape[0] < steps:
         raise ValueError(f"lr: expected a row for each of {steps} steps, got {lr.shape[0]} rows")
-    if not torch.isfinite(lr).all():
+    if readable(lr) and not torch.isfinite(lr).all():
         raise ValueError("lr: expected finite rates, got NaN or infinity")
     if lr.dtype != dtype:
         raise TypeError(f"lr: expected {dtype} like the parameters, got {lr.dtype}")
@@ -50,8 +52,7 @@ def as_rows(lr: Tensor, sizes: Sequence[int]) -> Tensor:
     rows = lr if lr.dim() == 2 else lr.reshape(1, -1)
     if rows.shape[1] in (1, sum(sizes)):
         return rows
-    tensors = torch.arange(len(sizes), device=lr.device).repeat_interleave(torch.tensor(sizes, device=lr.device))
-    return rows[:, tensors]
+    return torch.cat([column.expand(-1, size) for column, size in zip(rows.split(1, 1), sizes)], 1)
 
 
 def from_rows(rows: Tensor) -> Tensor:
