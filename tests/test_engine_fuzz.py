@@ -128,8 +128,11 @@ class Writer:
             attributes = [pick(0, 1) if second != ABSENT else 0]
         else:
             attributes = [pick(0, 1)]
-        self.layers.append([*([kind, i, second, *attributes] + [0] * LAYER_INTS)[:LAYER_INTS]])
-        self.numbers += [random.choice([0.3, 1.0, 1.7]), random.choice([0.2, 1.0])]
+        self.append(kind, i, second, attributes, out)
+
+    def append(self, kind, first, second, attributes, out):
+        self.layers.append([*([kind, first, second, *attributes] + [0] * LAYER_INTS)[:LAYER_INTS]])
+        self.numbers += [self.random.choice([0.3, 1.0, 1.7]), self.random.choice([0.2, 1.0])]
         self.shapes.append(out)
 
 
@@ -150,9 +153,9 @@ SUMMED = {"adjoint": (1,), "meta": (2,)}  # results that are sums over tasks
 class Problem:
     """Arguments for every operator, by their names in ``ARGUMENTS``."""
 
-    def __init__(self, random, tasks=2, dtype=None):
-        writer = Writer(random)
-        self.writer, self.random = writer, random
+    def __init__(self, random, tasks=2, dtype=None, writer=Writer, operators=torch.ops.maml_ext):
+        writer = writer(random)
+        self.writer, self.random, self.operators = writer, random, operators
         self.dtype = dtype or random.choice([torch.float32, torch.float64])
         generator = torch.Generator().manual_seed(random.randint(0, 2**31))
         normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)  # noqa: E731
@@ -195,11 +198,11 @@ class Problem:
         return {n: {**self.given, **changed}[n] for n in names}
 
     def __call__(self, name, **changed) -> list[Tensor]:
-        return run(name, self.arguments(name, **changed))
+        return run(name, self.arguments(name, **changed), self.operators)
 
 
-def run(name, arguments) -> list[Tensor]:
-    return getattr(torch.ops.maml_ext, name)(*arguments.values())
+def run(name, arguments, operators=torch.ops.maml_ext) -> list[Tensor]:
+    return getattr(operators, name)(*arguments.values())
 
 
 NAMES = r"program|numbers|constants|theta\w*|lr|steps|at|wanted|prediction|reduce|trajectory|cotangents?|\w*[xy](_t)?"
@@ -207,10 +210,10 @@ NAMED = re.compile(rf"^(maml_ext::|.*\b({NAMES}|\w*weight\w*): )", re.DOTALL)
 NO_MEMORY = re.compile("memory|overflow|[Ss]torage")
 
 
-def outcome(name, arguments) -> list[Tensor] | str:
+def outcome(name, arguments, operators=torch.ops.maml_ext) -> list[Tensor] | str:
     """The results, or the error, which has to say what it is about."""
     try:
-        return run(name, arguments)
+        return run(name, arguments, operators)
     except MemoryError as error:
         return f"memory: {error}"
     except (RuntimeError, TypeError) as error:
