@@ -44,15 +44,17 @@ sanitize: install
 cuda-resources: install
 	$(PY) tests/cuda_resources.py
 
-# A CUDA build as a wheel, beside CUDA builds of torch: the newest and the oldest supported, gigabytes each. Needs no GPU.
+# The CUDA build that is installed here as a wheel, beside CUDA builds of torch: the newest and the oldest supported,
+# gigabytes each. Needs no GPU.
 CUDA_TORCH ?= 2.14.1 2.10.0
 CUDA := out/cuda
-cuda-check: export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0;10.0
-cuda-check: install
-	mkdir -p $(CUDA)
-	rm -rf $(CUDA)/wheels
-	MAML_EXT_BUILD=cuda $(PY) setup.py --quiet build --build-base $(CUDA)/build bdist_wheel --dist-dir $(CUDA)/wheels \
-		>$(CUDA)/build.log 2>&1 || ! cat $(CUDA)/build.log
+cuda-check:
+	$(MAKE) install MAML_EXT_BUILD=cuda
+	rm -rf $(CUDA)/wheels $(CUDA)/lib
+	mkdir -p $(CUDA)/lib/maml_ext
+	cp -p maml_ext/_C*.so $(CUDA)/lib/maml_ext/
+	MAML_EXT_BUILD=cuda $(PY) setup.py --quiet build --build-lib $(CUDA)/lib --build-temp $(CUDA)/objects \
+		bdist_wheel --dist-dir $(CUDA)/wheels >$(CUDA)/build.log 2>&1 || ! cat $(CUDA)/build.log
 	set -e; for torch in $(CUDA_TORCH); do \
 		there=$(CUDA)/torch-$$torch; \
 		test -e $$there/.installed || $(PYTHON) -m venv --clear $$there; \

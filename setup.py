@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from setuptools import setup
+from setuptools.modified import newer_group
 from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
 
 ROOT = Path(__file__).parent.resolve()
@@ -144,6 +145,9 @@ class BuildWithCuda(BuildExtension):
 
     def build_extension(self, ext):
         if getattr(ext, "cuda_sources", None):
+            target = self.get_ext_fullpath(ext.name)
+            if not (self.force or newer_group([*ext.sources, *ext.depends], target)):
+                return
             objects = ext.nvcc.compile(ext.cuda_sources, Path(self.build_temp).resolve() / "cuda")
             ext.extra_objects = objects
             ext.depends = [*ext.depends, *objects]
