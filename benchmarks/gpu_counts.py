@@ -1,9 +1,10 @@
 """What a block of the CUDA kernel `meta` does, phase by phase: a count by its rules, from the kernels' own layout.
 
 A phase ends at a barrier of the block. How the kernels lay a network out in shared memory, how many samples and
-threads a block has, comes from their host code (`plan_of_meta`); what a rule does with that is restated here, in the
-order of csrc/cuda/task.h and meta.cu, and tests/test_gpu_model.py holds it to the emulation's barriers and launches. It
-knows what the workloads that fit need: linear layers with activations, float32, gradients of the parameters alone.
+threads a block has, comes from their host code (`plan_of_meta` in tests/emulation/module.cpp); what a rule does with
+that is restated here, in the order of csrc/cuda/task.h and meta.cu, and tests/test_gpu_model.py holds it to the
+emulation's barriers and launches. It knows what the workloads that fit need: linear layers with activations, float32,
+gradients of the parameters alone.
 """
 
 import math
@@ -14,15 +15,16 @@ from functools import cache
 WARP, BANKS, NUMBER_BYTES = 32, 32, 4
 
 # Instructions, as nvcc 13.0 compiles the kernels for sm_90, rounded: of a product, its loop by step of depth, on plain
-# numbers and on Duals; what a tile of 2 x 2 takes around that loop; and an activation at one of its places. How many steps
-# of depth load before the first of them is waited for (the loops are also unrolled further where depth allows).
+# numbers and on Duals (True); what a tile of 2 x 2 takes around that loop; and an activation at one of its places.
+# BATCH: how many steps of depth load before the first of them is waited for. (Where depth allows it is more, which is
+# not counted.)
 STEP = {False: 12, True: 36}
 BATCH = {False: 4, True: 2}
 TILE, FINISH = 40, 40
 PASS, SAMPLE, BIAS, LOSS = 16, 55, 8, 100  # by element of a pass over parameters, samples, sums of biases, losses
 
-# Latencies in cycles. Assumptions: round figures; PMC10448217, table 3, has 20 for shared memory, 200 for the second level
-# cache and 4 for arithmetic on both A100 and H100, others measure up to 30 and 270.
+# Latencies in cycles. Assumptions: table 3 of PMC10448217 has 20 for shared memory, 200 for the second level cache and
+# 4 for arithmetic on both A100 and H100; taken here is the upper end of what is usually given, up to 30 and 270.
 SHARED, FIRST_CACHE, SECOND_CACHE, ARITHMETIC, SHUFFLE = 29, 38, 260, 4, 25
 
 
@@ -30,19 +32,18 @@ SHARED, FIRST_CACHE, SECOND_CACHE, ARITHMETIC, SHUFFLE = 29, 38, 260, 4, 25
 class Phase:
     """What a block does between two barriers, in warp instructions and cycles.
 
-    `chain` is what its busiest warp would take by itself: its instructions one after another, and the latencies
-    that it waits for. `wavefronts` are cycles of the shared memory in products, `smooth` what they would be if no two
-    lanes met in a bank. `multiply_adds` are of linear layers, of one number each.
+    `chain` is what its busiest warp would take by itself, by kind of work: its instructions one after another, and the
+    latencies that it waits for. `wavefronts` are cycles of the shared memory in products, `smooth` what they would be
+    if no two lanes met in a bank. `multiply_adds` are of linear layers, `lanes` what its warps have room for meanwhile.
     """
 
-    name: str
     instructions: int = 0
     arithmetic: int = 0
     wavefronts: int = 0
     smooth: int = 0
-    chain: int = 0
+    chain: Counter = field(default_factory=Counter)
     multiply_adds: int = 0
-    lanes: int = 0  # multiply-adds that all lanes of its warps could have done in the same time
+    lanes: int = 0
     read: int = 0  # bytes of device memory
     written: int = 0
 
@@ -52,25 +53,25 @@ class Block:
     """The phases of one task, while they are counted."""
 
     plan: dict
-    phases: list[Phase] = field(default_factory=lambda: [Phase("parameters")])
+    phases: list[Phase] = field(default_factory=lambda: [Phase()])
 
     @property
     def now(self) -> Phase:
         return self.phases[-1]
 
-    def barrier(self, following: str) -> None:
-        self.phases.append(Phase(following))
+    def barrier(self) -> None:
+        self.phases.append(Phase())
 
     def rounds(self, count: int) -> int:
         """How often the busiest thread goes round a loop over so many elements."""
         return math.ceil(count / self.plan["threads"])
 
-    def each(self, count: int, instructions: int, waits: int) -> None:
+    def each(self, kind: str, count: int, instructions: int, waits: int) -> None:
         """A loop of all threads over elements, waiting so many cycles at each."""
         self.now.instructions += math.ceil(count / WARP) * instructions
-        self.now.chain += self.rounds(count) * (instructions + waits)
+        self.now.chain[kind] += self.rounds(count) * (instructions + waits)
 
-    def product(self, name: str, rows: int, columns: int, depth: int, pitches: tuple, dual: bool, finish: bool):
+    def product(self, rows: int, columns: int, depth: int, pitches: tuple, dual: bool, finish: bool) -> None:
         """`product` of block.h; `pitches`: how far rows and columns lie apart."""
         tiles = math.ceil(rows / 2) * math.ceil(columns / 2)
         warps, numbers = math.ceil(tiles / WARP), 2 if dual else 1
@@ -82,53 +83,55 @@ class Block:
         now.multiply_adds += rows * columns * depth * (3 if dual else 1)
         now.lanes += warps * WARP * 4 * depth * (3 if dual else 1)
         waits = (depth // BATCH[dual] + depth % BATCH[dual]) * SHARED + (4 * SHARED if finish else 0)
-        now.chain += self.rounds(tiles) * (TILE + depth * STEP[dual] + behind + waits)
+        now.chain["products"] += self.rounds(tiles) * (TILE + depth * STEP[dual] + behind + waits)
 
     def each_parameter(self, waits: int, reads: int = 0, writes: int = 0) -> None:
         """A pass over theta: a warp takes a row, a lane waits for one element before it asks for the next."""
         for rows, columns in self.plan["stretches"]:
             across = math.ceil(columns / WARP)
             self.now.instructions += rows * across * PASS
-            self.now.chain += math.ceil(rows * WARP / self.plan["threads"]) * across * (PASS + waits)
+            turns = math.ceil(rows * WARP / self.plan["threads"]) * across
+            self.now.chain["passes over parameters"] += turns * (PASS + waits)
         size = self.plan["parameters"] * NUMBER_BYTES
         self.now.read += reads * size
         self.now.written += writes * size
 
     def clear_slopes(self) -> None:
-        self.each(self.plan["vector"], 4, 0)
+        self.each("passes over parameters", self.plan["vector"], 4, 0)
 
     def load_samples(self, count: int) -> None:
-        self.each(count * self.plan["features"], SAMPLE, SECOND_CACHE)
+        self.each("samples and losses", count * self.plan["features"], SAMPLE, SECOND_CACHE)
         self.now.read += count * self.plan["features"] * NUMBER_BYTES
 
     def sum_over_block(self) -> None:
-        self.now.chain += 5 * SHUFFLE
-        self.barrier("sum")
-        self.barrier("sum")
-        self.now.chain += self.plan["threads"] // WARP * (6 + SHARED)
+        self.now.chain["samples and losses"] += 5 * SHUFFLE
+        self.barrier()
+        self.barrier()
+        self.now.chain["samples and losses"] += self.plan["threads"] // WARP * (6 + SHARED)
 
     def forward(self, count: int, dual: bool) -> None:
-        for i, s in enumerate(self.plan["stages"]):
+        for s in self.plan["stages"]:
             pitches = s["input_pitch"], s["input_pitch"]
-            self.product("forward", count, s["outputs"], s["inputs"], pitches, dual, s["activated"])
-            self.barrier(f"forward {i}")
+            self.product(count, s["outputs"], s["inputs"], pitches, dual, s["activated"])
+            self.barrier()
 
     def losses(self, count: int) -> None:
         outputs, labels = self.plan["outputs"], self.plan["labels"]
         passes = 4 if labels else 1  # maximum, sum, loss, gradient
-        self.each(count, LOSS + outputs * passes * 25, outputs * passes * SHARED + FIRST_CACHE)
+        by_sample = LOSS + outputs * passes * 25, outputs * passes * SHARED + FIRST_CACHE
+        self.each("samples and losses", count, *by_sample)
         self.now.read += count * (8 if labels else outputs * NUMBER_BYTES)
 
     def backward(self, count: int, dual: bool) -> None:
         for i, s in reversed(list(enumerate(self.plan["stages"]))):
             if s["learns"]:
-                self.product("weights", s["inputs"], s["outputs"], count, (1, 1), dual, False)
+                self.product(s["inputs"], s["outputs"], count, (1, 1), dual, False)
             if s["learns_bias"]:
-                self.each(s["outputs"], count * BIAS, count * (SHARED + ARITHMETIC))
+                self.each("sums for biases", s["outputs"], count * BIAS, count * (SHARED + ARITHMETIC))
             if s["moves"]:
                 activated = i > 0 and self.plan["stages"][i - 1]["activated"]
-                self.product("inputs", count, s["inputs"], s["outputs"], (s["output_pitch"], 1), dual, activated)
-            self.barrier(f"backward {i}")
+                self.product(count, s["inputs"], s["outputs"], (s["output_pitch"], 1), dual, activated)
+            self.barrier()
             if not s["moves"]:
                 break
 
@@ -142,10 +145,10 @@ class Block:
             count = min(chunk, samples - first)
             if not resident or samples > chunk:
                 self.load_samples(count)
-            self.barrier("forward")
+            self.barrier()
             self.forward(count, dual)
             self.losses(count)
-            self.barrier("backward")
+            self.barrier()
             self.backward(count, dual)
         if asked:
             self.sum_over_block()
@@ -175,24 +178,24 @@ def meta(plan: dict, support: int, query: int, steps: int) -> list[Phase]:
         raise NotImplementedError("only linear layers and their activations are counted")
     block = Block(plan)
     block.each_parameter(SECOND_CACHE, reads=1)
-    block.barrier("step")
+    block.barrier()
     for k in range(steps + 1):
         last = k == steps
         block.clear_slopes()
         block.score(query if last else support, dual=False, resident=k > 0 and not last, asked=last)
         if not last:
             block.each_parameter(FIRST_CACHE + 2 * SHARED, writes=1)
-            block.barrier("step")
+            block.barrier()
     block.each_parameter(SHARED, writes=1)
-    block.barrier("step back")
+    block.barrier()
     for k in reversed(range(steps)):
         block.each_parameter(SECOND_CACHE, reads=1)  # theta_k
         block.clear_slopes()
         block.each_parameter(SECOND_CACHE, reads=1)  # lambda
-        block.barrier("tangents")
+        block.barrier()
         block.score(support, dual=True, resident=k < steps - 1, asked=False)
         block.each_parameter(FIRST_CACHE + SHARED, reads=1, writes=1)
-        block.barrier("step back")
+        block.barrier()
     return block.phases[:-1]
 
 

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 import sys
+from functools import cache
 
 import pybind11
 import torch
@@ -15,6 +16,7 @@ CSRC = emulation.ROOT / "csrc"
 HOST = [CSRC / "cuda" / "plan.cpp", CSRC / "engine" / "program.cpp"]
 
 
+@cache
 def load(sanitizer: str | None = None):
     """The module of module.cpp, its operators registered; built once for each state of the sources, in ``out/``."""
     state = hashlib.sha256(f"{sanitizer} {torch.__version__} {sys.version}".encode())

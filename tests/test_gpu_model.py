@@ -1,0 +1,156 @@
+"""benchmarks/gpu_model.py: what it counts, against the kernels run on the CPU and against counts by hand."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from benchmarks import gpu_counts, gpu_launches, gpu_model
+from benchmarks.contestants import ours
+from benchmarks.workloads import TINY, WORKLOADS, Workload, make_problem, mlp
+from maml_ext import compiled, single_pass
+from maml_ext.ops import library
+
+pytestmark = pytest.mark.skipif(library.ABSENT is not None, reason="needs the compiled package beside it")
+
+A100, H100, RTX4090 = gpu_model.DEVICES
+SIN5 = WORKLOADS["sin5"]
+LABELS = Workload("labels", lambda: mlp(3, 8, 5), (3,), 2, 4, 6, 2, "cross_entropy", 0.1)
+
+
+def changed(workload, **changes):
+    return dataclasses.replace(workload, **changes)
+
+
+def layout_of(emulated, workload, shared=H100.block_memory * 1024):
+    return emulated.plan_of_meta(*gpu_model.program(workload), max(workload.support, workload.query), 4, shared)
+
+
+@pytest.fixture
+def run(emulated, monkeypatch):
+    """Runs our way on the kernels: how many launches there were, and barriers of a block at most."""
+    monkeypatch.setattr(compiled, "_ops", torch.ops.maml_ext_emulated)
+    emulated.order("forward", 0)
+
+    def run(workload, shared=H100.block_memory * 1024):
+        emulated.shared_memory(shared)
+        call = ours(make_problem(workload, torch.float32), "compiled")
+        emulated.barriers()
+        before = emulated.launches()
+        call()
+        return emulated.launches() - before, emulated.barriers()
+
+    yield run
+    emulated.shared_memory(H100.block_memory * 1024)
+
+
+@pytest.mark.parametrize("shared", [H100.block_memory * 1024, 36 * 1024], ids=["all samples", "chunks"])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("workload", [SIN5, TINY["tiny_mlp"], LABELS], ids=lambda w: w.name)
+def test_launches_and_barriers_are_those_of_the_kernels(workload, steps, shared, run, emulated):
+    workload = changed(workload, tasks=2, steps=steps)
+    layout = layout_of(emulated, workload, shared)
+    phases = gpu_counts.meta(layout, workload.support, workload.query, steps)
+    assert run(workload, shared) == (gpu_counts.launches(layout, steps)["single pass"], len(phases))
+
+
+def test_a_small_device_makes_chunks(emulated):
+    assert layout_of(emulated, SIN5, 36 * 1024)["chunk"] < SIN5.support == layout_of(emulated, SIN5)["chunk"]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 70])
+def test_launches_of_two_passes(steps, run, emulated, monkeypatch):
+    workload = changed(TINY["tiny_mlp"], tasks=1, steps=steps, lr=1e-3)
+    monkeypatch.setattr(single_pass, "meta_losses", lambda *_: None)
+    counted = gpu_counts.launches(layout_of(emulated, workload), steps)
+    assert run(workload)[0] == counted["inner loop"] + counted["query loss"] + counted["adjoint"]
+    assert counted["inner loop"] == (1 if steps <= 64 else 2)
+
+
+def test_flop_of_sin5_by_hand(emulated):
+    forward = 1 * 40 + 40 * 40 + 40 * 1
+    weights, inputs = forward, 40 * 40 + 40 * 1  # nobody wants a gradient of the network's input
+    gradient = forward + weights + inputs
+    with_tangents = 3 * gradient  # of a product of Duals: a b, a' b, a b'
+    by_hand = 2 * 25 * (5 * 10 * (gradient + with_tangents) + 10 * gradient)
+    found = gpu_model.counts(SIN5, layout_of(emulated, SIN5))
+    assert found["gflop_executed"] == pytest.approx(1e-9 * by_hand)
+    assert found["gflop_needed"] < found["gflop_executed"] < 1.5 * found["gflop_needed"]
+
+
+def test_bytes_of_sin5_by_hand(emulated):
+    theta = 1761
+    vectors = 1 + 5 + 1 + 5 * 4  # theta_0; theta_1 .. theta_5; lambda; a step back: theta, lambda twice, lambda anew
+    data = 3 * 10 + (5 + 1 + 5) * 10  # x stays from step to step, y does not
+    by_hand = 4 * (25 * (vectors * theta + data) + 25 * theta + theta)
+    assert gpu_model.counts(SIN5, layout_of(emulated, SIN5))["bytes"] == by_hand
+
+
+def test_work_is_linear_in_steps_and_launches_do_not_depend_on_them(emulated):
+    found = [gpu_model.counts(changed(SIN5, steps=k), layout_of(emulated, SIN5)) for k in (1, 2, 3)]
+    one, two, three = (c["gflop_executed"] for c in found)
+    assert three - two == pytest.approx(two - one) and two > one
+    assert found[0]["launches"] == found[1]["launches"] == found[2]["launches"]
+
+
+def test_launches_of_the_plain_loop_are_linear_in_steps_and_tasks():
+    def plain(steps, tasks):
+        return gpu_launches.plain_loop(changed(TINY["tiny_mlp"], steps=steps, tasks=tasks))
+
+    # The first step differs: nothing has been adapted before it.
+    steps = [plain(k, 3) for k in (2, 3, 4)]
+    assert steps[2] - steps[1] == steps[1] - steps[0] > 3 * 20
+    whole = gpu_launches.count(gpu_launches.plain, changed(TINY["tiny_mlp"], tasks=4))
+    assert plain(TINY["tiny_mlp"].steps, 4) == whole.eager
+    ways = [gpu_launches.torch_func_way(changed(TINY["tiny_mlp"], steps=k)) for k in (1, 3)]
+    assert ways[0] < ways[1] < steps[1]
+
+
+def test_views_and_allocations_launch_nothing():
+    x = torch.ones(2, 3)
+    with gpu_launches.Counting() as counting:
+        y = x.view(3, 2).t()[0].detach().expand(4, 3)
+        torch.empty_like(y)
+    assert counting.eager == 0
+    with gpu_launches.Counting() as counting:
+        x.add_(1).sum()
+    assert counting.eager == 2
+
+
+def test_bank_conflicts_are_seen():
+    assert gpu_counts.wavefronts(64, 2, 41, 1) == 4  # neighbours in neighbouring banks; all lanes read one column
+    assert gpu_counts.wavefronts(64, 2, 32, 1) == 2 * 32 + 2  # all rows in one bank
+
+
+def test_what_does_not_run_says_why(emulated):
+    for name, reason in {"omni_conv": "convolution", "mini_conv": "sample", "mlp_omni": "parameters"}.items():
+        layout = gpu_model.plan(emulated, WORKLOADS[name], H100)
+        assert reason in layout
+        assert gpu_model.estimate(WORKLOADS[name], H100, layout).misfit == layout
+    assert "shared memory" in layout_of(emulated, SIN5, 16 * 1024)
+
+
+def test_more_tasks_than_fit_take_more_waves(emulated):
+    layout = gpu_model.plan(emulated, SIN5, A100)
+    blocks, limit = gpu_model.occupancy(layout, A100)
+    assert (blocks, limit) == (2, "registers")
+    few, full, more = (
+        gpu_model.estimate(changed(SIN5, tasks=tasks), A100, layout)
+        for tasks in (1, blocks * A100.multiprocessors, blocks * A100.multiprocessors + 1)
+    )
+    assert (few.waves, full.waves, more.waves) == (1, 1, 2)
+    assert few.kernel_us < full.kernel_us < more.kernel_us
+    assert sum(few.shares.values()) == pytest.approx(1) and few.of_peak < full.of_peak < 1
+
+
+def test_the_table_says_that_it_is_a_model(emulated, tmp_path, capsys):
+    output = tmp_path / "model.json"
+    assert gpu_model.main(["--workloads", "tiny_mlp", "tiny_conv", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("A MODEL, not a measurement") and "are for Triton" in printed
+    assert all(device.name in printed for device in gpu_model.DEVICES)
+    written = json.loads(output.read_text())
+    assert "not a measurement" in written["note"]
+    assert written["workloads"]["tiny_mlp"]["counts"]["launches"]["single pass"] == 2
+    assert written["workloads"]["tiny_conv"]["counts"] is None
