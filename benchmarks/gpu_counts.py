@@ -4,7 +4,7 @@ A phase ends at a barrier of the block. How the kernels lay a network out in sha
 threads a block has, comes from their host code (`plan_of_meta` in tests/emulation/module.cpp); what a rule does with
 that is restated here, in the order of csrc/cuda/task.h and meta.cu, and tests/test_gpu_model.py holds it to the
 emulation's barriers and launches. It knows what the workloads that fit need: linear layers with activations, float32,
-gradients of the parameters alone.
+gradients of the parameters alone. (That constants are loaded once is left out.)
 """
 
 import math

@@ -19,6 +19,16 @@ SIN5 = WORKLOADS["sin5"]
 LABELS = Workload("labels", lambda: mlp(3, 8, 5), (3,), 2, 4, 6, 2, "cross_entropy", 0.1)
 
 
+def with_frozen_layers():
+    network = mlp(1, 8, 8, 1)
+    for p in (*network[0].parameters(), *network[2].parameters()):
+        p.requires_grad_(False)
+    return network
+
+
+FROZEN = Workload("frozen", with_frozen_layers, (1,), 2, 4, 6, 2, "mse", 0.1)
+
+
 def changed(workload, **changes):
     return dataclasses.replace(workload, **changes)
 
@@ -47,7 +57,7 @@ def run(emulated, monkeypatch):
 
 @pytest.mark.parametrize("shared", [H100.block_memory * 1024, 36 * 1024], ids=["all samples", "chunks"])
 @pytest.mark.parametrize("steps", [0, 1, 3])
-@pytest.mark.parametrize("workload", [SIN5, TINY["tiny_mlp"], LABELS], ids=lambda w: w.name)
+@pytest.mark.parametrize("workload", [SIN5, TINY["tiny_mlp"], LABELS, FROZEN], ids=lambda w: w.name)
 def test_launches_and_barriers_are_those_of_the_kernels(workload, steps, shared, run, emulated):
     workload = changed(workload, tasks=2, steps=steps)
     layout = layout_of(emulated, workload, shared)
@@ -140,7 +150,7 @@ def test_more_tasks_than_fit_take_more_waves(emulated):
         for tasks in (1, blocks * A100.multiprocessors, blocks * A100.multiprocessors + 1)
     )
     assert (few.waves, full.waves, more.waves) == (1, 1, 2)
-    assert few.kernel_us < full.kernel_us < more.kernel_us
+    assert few.kernel_us < full.kernel_us < more.kernel_us / 1.8
     assert sum(few.shares.values()) == pytest.approx(1) and few.of_peak < full.of_peak < 1
 
 
