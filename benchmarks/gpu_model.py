@@ -225,8 +225,8 @@ CACHES = f"{gpu_counts.FIRST_CACHE} and {gpu_counts.SECOND_CACHE} cycles (caches
 LATENCIES = f"{gpu_counts.SHARED} (shared memory), {CACHES}"
 NOTE = f"""A MODEL, not a measurement: no GPU has run this. Launches, FLOP, bytes, shared memory and barriers are
 counted. Times follow from assumptions: latencies of {LATENCIES}, {BARRIER} cycles
-a barrier, {LAUNCH} us a launch on the device. PyTorch's own ways: at least one launch an operator, and {EAGER:g} us of the CPU
-for each."""
+a barrier, {LAUNCH} us a launch on the device. PyTorch's own ways: at least one launch an operator, and {EAGER:g} us
+of the CPU for each."""
 HEADINGS = ("device", "blocks/SM", "limited by", "waves", "kernel us", "+ launches", "memory us", "of peak", "mostly")
 
 
