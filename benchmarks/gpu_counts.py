@@ -20,6 +20,7 @@ WARP, BANKS, NUMBER_BYTES = 32, 32, 4
 # not counted.)
 STEP = {False: 12, True: 36}
 BATCH = {False: 4, True: 2}
+LOADS = 4  # of `each_element`
 TILE, FINISH = 40, 40
 PASS, SAMPLE, BIAS, LOSS = 16, 55, 8, 100  # by element of a pass over parameters, samples, sums of biases, losses
 
@@ -86,12 +87,11 @@ class Block:
         now.chain["products"] += self.rounds(tiles) * (TILE + depth * STEP[dual] + behind + waits)
 
     def each_parameter(self, waits: int, reads: int = 0, writes: int = 0) -> None:
-        """A pass over theta: a warp takes a row, a lane waits for one element before it asks for the next."""
-        for rows, columns in self.plan["stretches"]:
-            across = math.ceil(columns / WARP)
-            self.now.instructions += rows * across * PASS
-            turns = math.ceil(rows * WARP / self.plan["threads"]) * across
-            self.now.chain["passes over parameters"] += turns * (PASS + waits)
+        """A pass over theta: a thread has LOADS elements of a stretch under way before it waits for the first."""
+        for count in self.plan["stretches"]:
+            self.now.instructions += math.ceil(count / WARP) * PASS
+            turns = math.ceil(count / (self.plan["threads"] * LOADS))
+            self.now.chain["passes over parameters"] += self.rounds(count) * PASS + turns * waits
         size = self.plan["parameters"] * NUMBER_BYTES
         self.now.read += reads * size
         self.now.written += writes * size

@@ -46,7 +46,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int64_t k = steps.end; k-- > steps.begin;) {
     const T *theta = steps.theta[k - steps.begin], *cotangent = steps.cotangent[k - steps.begin];
     task.load_parameters(theta ? task.of_task(theta, false) : task.of_task(call.theta, call.shared));
-    if (cotangent) each_parameter(plan, [&](int, int64_t at) { lambda[at] += task.of_task(cotangent, false)[at]; });
+    if (cotangent)
+      each_parameter(
+          plan, [&](int64_t at) { return lambda[at] + task.of_task(cotangent, false)[at]; },
+          [&](int, int64_t at, T sum) { lambda[at] = sum; });
     task.step_back(k, k < steps.end - 1, lambda);
   }
 }

@@ -107,21 +107,32 @@ INLINE Dual<T> sum_over_block(Dual<T> x, T* sums) {
   return {sum_over_block(x.value, sums), sum_over_block(x.tangent, sums)};
 }
 
-// Calls f(where in the block's vector, where in theta or the constants) for the elements of these stretches: a warp
-// takes a row, so that neighbouring threads touch neighbouring elements of both.
-template <class F>
-INLINE void each_element(const Plan& plan, int first, int count, F f) {
-  for (int i = first; i < first + count; i++) {
-    const Stretch& s = plan.stretch[i];
+// Calls use(where in the block's vector, where in theta or the constants, what `load` gave for the latter) for the
+// elements of these stretches. A thread has four loads under way at a time, since a load from device memory takes as
+// long as some hundred instructions; of every array it always gets the same elements.
+template <class Load, class Use>
+INLINE void each_element(const Plan& plan, int first, int stretches, Load load, Use use) {
+  constexpr int kLoads = 4;
 #pragma unroll 1
-    for (int r = warp(); r < s.rows; r += warps())
+  for (int s = first; s < first + stretches; s++) {
+    const Stretch& stretch = plan.stretch[s];
 #pragma unroll 1
-      for (int c = lane(); c < s.columns; c += kWarp) f(s.at + r * s.pitch + c, s.source + int64_t(r) * s.columns + c);
+    for (int start = threadIdx.x; start < stretch.count; start += kLoads * blockDim.x) {
+      decltype(load(stretch.source)) loaded[kLoads];
+#pragma unroll
+      for (int n = 0; n < kLoads; n++)
+        loaded[n] = load(stretch.source + smaller(start + n * int(blockDim.x), stretch.count - 1));
+#pragma unroll
+      for (int n = 0; n < kLoads; n++) {
+        const int i = start + n * blockDim.x;
+        if (i < stretch.count) use(stretch.place(i), stretch.source + i, loaded[n]);
+      }
+    }
   }
 }
-template <class F>
-INLINE void each_parameter(const Plan& plan, F f) {
-  each_element(plan, 0, plan.stretches, f);
+template <class Load, class Use>
+INLINE void each_parameter(const Plan& plan, Load load, Use use) {
+  each_element(plan, 0, plan.stretches, load, use);
 }
 
 }  // namespace maml_ext::cuda

@@ -65,7 +65,9 @@ std::string Planner::stretches() {
       if (columns > kMaximumElements || rows * pitch > kMaximumElements - extent)
         return "too many parameters for shared memory";
       if (p.slot >= 0) place[p.slot] = start;
-      plan.stretch[plan.stretches + plan.fixed_stretches] = {p.source, start, int(rows), int(columns), pitch};
+      const int64_t inverse = ((int64_t(1) << 32) + columns - 1) / columns;
+      plan.stretch[plan.stretches + plan.fixed_stretches] = {p.source, start, int(rows * columns), int(columns),
+                                                            uint32_t(inverse)};  // of one column not used
       (fixed ? plan.fixed_stretches : plan.stretches)++;
       extent += int(rows) * pitch;
     }

@@ -38,10 +38,16 @@ struct Stage {
   HOST_DEVICE static int pitch(int features) { return features | 1; }
 };
 
-// A stretch of theta (or of the constants) and where it is in the block's vector of parameters, row by row.
+// A stretch of theta (or of the constants), `count` elements in rows, and where it is in the block's vector of
+// parameters, where the pitch of rows is odd.
 struct Stretch {
   int64_t source;
-  int at, rows, columns, pitch;
+  int at, count, columns;
+  uint32_t inverse;  // 2^32 / columns, rounded up: by it a product takes the place of a division; exact up to 2^16
+
+  HOST_DEVICE int place(int i) const {
+    return at + i + (columns % 2 ? 0 : int(uint64_t(uint32_t(i)) * inverse >> 32));
+  }
 };
 
 struct Plan {

@@ -23,17 +23,22 @@ struct Task : Stages<T> {
   // A vector of theta's form, [T, P] or shared [P], of this task.
   INLINE const T* of_task(const T* all, bool shared) const { return all + (shared ? 0 : task * plan.parameters); }
   INLINE void load_parameters(const T* theta) const {
-    each_parameter(plan, [&](int i, int64_t at) { memory.parameters[i] = theta[at]; });
+    each_parameter(
+        plan, [&](int64_t at) { return theta[at]; }, [&](int i, int64_t, T p) { memory.parameters[i] = p; });
   }
   INLINE void load_constants() const {
-    each_element(plan, plan.stretches, plan.fixed_stretches, [&](int i, int64_t at) {
-      memory.parameters[i] = call.constants[at];
-      if (plan.dual) memory.direction[i] = 0;
-    });
+    each_element(
+        plan, plan.stretches, plan.fixed_stretches, [&](int64_t at) { return call.constants[at]; },
+        [&](int i, int64_t, T constant) {
+          memory.parameters[i] = constant;
+          if (plan.dual) memory.direction[i] = 0;
+        });
   }
   INLINE void load_direction() const {
     const T* const theta_t = call.theta_t ? of_task(call.theta_t, call.shared_t) : nullptr;
-    each_parameter(plan, [&](int i, int64_t at) { memory.direction[i] = theta_t ? theta_t[at] : T(0); });
+    each_parameter(
+        plan, [&](int64_t at) { return theta_t ? in_device_memory(theta_t)[at] : T(0); },
+        [&](int i, int64_t, T along) { memory.direction[i] = along; });
   }
   INLINE void clear_slopes() const {
 #pragma unroll 1
@@ -43,11 +48,19 @@ struct Task : Stages<T> {
     }
   }
   INLINE void store_slope(T* to) const {
-    each_parameter(plan, [&](int i, int64_t at) { to[at] = memory.slope[i]; });
+    each_parameter(
+        plan, [](int64_t) { return 0; }, [&](int i, int64_t at, int) { to[at] = memory.slope[i]; });
   }
-  INLINE T rate(int64_t k, int64_t parameter) const {
+  // The rates of a step: one that is read once, or one for each parameter.
+  struct Rates {
+    const T* each;
+    T one;
+    INLINE T of(int64_t parameter) const { return each ? in_device_memory(each)[parameter] : one; }
+  };
+  INLINE Rates rates(int64_t k) const {
     const int64_t row = call.rate_rows > 1 ? k : 0;
-    return call.per_parameter ? call.rates[row * plan.parameters + parameter] : call.rates[row];
+    if (call.per_parameter) return {call.rates + row * plan.parameters, 0};
+    return {nullptr, call.rates[row]};
   }
 
   // Samples. One of weight 0 is left out: it is read as zeros, and its gradient is 0. (Where gradients of the weights
@@ -206,7 +219,10 @@ struct Task : Stages<T> {
   // theta <- theta - rate * gradient of the support loss, which is in the slopes; also into `next`, theta_{k+1} of this
   // task in device memory.
   INLINE void update(int64_t k, T* next) const {
-    each_parameter(plan, [&](int i, int64_t at) { next[at] = memory.parameters[i] -= rate(k, at) * memory.slope[i]; });
+    const Rates rate = rates(k);
+    each_parameter(
+        plan, [&](int64_t at) { return rate.of(at); },
+        [&](int i, int64_t at, T alpha) { next[at] = memory.parameters[i] -= alpha * memory.slope[i]; });
     __syncthreads();
   }
 
@@ -215,10 +231,14 @@ struct Task : Stages<T> {
     const int64_t row = task * call.rate_rows + (call.rate_rows > 1 ? k : 0);
     if (call.per_parameter) {
       T* const to = call.to_rates + row * plan.parameters;
-      each_parameter(plan, [&](int i, int64_t at) { to[at] -= lambda[at] * memory.value_slope[i]; });
+      each_parameter(
+          plan, [&](int64_t at) { return lambda[at]; },
+          [&](int i, int64_t at, T l) { to[at] -= l * memory.value_slope[i]; });
     } else {
       T sum = 0;
-      each_parameter(plan, [&](int i, int64_t at) { sum += lambda[at] * memory.value_slope[i]; });
+      each_parameter(
+          plan, [&](int64_t at) { return lambda[at]; },
+          [&](int i, int64_t, T l) { sum += l * memory.value_slope[i]; });
       sum = sum_over_block(sum, memory.sums);
       if (threadIdx.x == 0) call.to_rates[row] -= sum;
     }
@@ -233,12 +253,16 @@ struct Task : Stages<T> {
       return;
     }
     clear_slopes();
+    const Rates rate = rates(k);
     each_parameter(
-        plan, [&](int i, int64_t at) { memory.direction[i] = call.first_order ? T(0) : rate(k, at) * lambda[at]; });
+        plan, [&](int64_t at) { return call.first_order ? T(0) : rate.of(at) * lambda[at]; },
+        [&](int i, int64_t, T along) { memory.direction[i] = along; });
     __syncthreads();
     score<Dual<T>>(call.support, resident, true, false, -1);
     if (call.to_rates) add_to_rates(k, lambda);
-    each_parameter(plan, [&](int i, int64_t at) { lambda[at] -= memory.slope[i]; });
+    each_parameter(
+        plan, [&](int64_t at) { return lambda[at]; },
+        [&](int i, int64_t at, T l) { lambda[at] = l - memory.slope[i]; });
     __syncthreads();
   }
 };

@@ -44,7 +44,7 @@ pybind11::object plan_of_meta(const std::vector<int64_t>& program, const std::ve
                                  arg("learns_bias") = s.learns_bias, arg("moves") = s.moves));
   }
   for (int i = 0; i < plan.stretches; i++)
-    stretches.append(pybind11::make_tuple(plan.stretch[i].rows, plan.stretch[i].columns));
+    stretches.append(plan.stretch[i].count);
   return pybind11::dict(arg("shared_bytes") = size.bytes, arg("threads") = size.threads, arg("chunk") = plan.chunk,
                         arg("parameters") = plan.parameters, arg("vector") = plan.adapted,
                         arg("features") = plan.features, arg("outputs") = plan.outputs,
