@@ -7,7 +7,10 @@ import pytest
 from cuda_resources import compile_one, generic_accesses, read_table, short, uses_shared_memory
 
 NVCC = cuda_resources.setup_script().Nvcc.find()
-pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc: set CUDA_HOME to have CUDA kernels compiled")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(NVCC is None, reason="there is no nvcc: set CUDA_HOME to have CUDA kernels compiled"),
+]
 each_architecture = pytest.mark.parametrize("architecture", cuda_resources.ARCHITECTURES, ids=short)
 
 

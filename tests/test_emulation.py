@@ -5,7 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import emulation
 import pytest
 
-pytestmark = pytest.mark.skipif(bool(emulation.unavailable()), reason=emulation.unavailable() or "-")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(bool(emulation.unavailable()), reason=emulation.unavailable() or "-"),
+]
 
 NONE, READ_BEFORE_WRITE, WRITE_AFTER_READ, REUSED_SCRATCH, BEHIND_ARRAY, BEHIND_MEMORY = range(6)
 UNINITIALISED, DIVERGENT_BARRIER, SHARED_RESULT, ONLY_SHUFFLES, DEAD_LOCK, EARLY_END = range(6, 12)
