@@ -28,17 +28,19 @@ $(STAMP): $(SOURCES)
 test: install
 	$(PY) -m pytest $(ARGS)
 
-# The tests of the compiled part under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own. torch
+# The tests of the compiled part under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own (and of
+# the CUDA kernels, on the CPU). torch
 # and Python free nothing at exit (leaks), and the engine asks for memory that may not be there (null).
 SANITIZED := out/sanitize
-SANITIZE_TESTS := tests/test_engine.py tests/test_engine_fuzz.py tests/test_sgd_update.py
+SANITIZE_TESTS := tests/test_engine.py tests/test_engine_fuzz.py tests/test_sgd_update.py \
+	tests/test_cuda_engine.py tests/test_cuda_fuzz.py
 sanitize: install
 	mkdir -p $(SANITIZED)
 	MAML_EXT_SANITIZE=1 MAML_EXT_BUILD=cpu CXX=g++ $(PY) setup.py --quiet build --build-base $(SANITIZED) \
 		--build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/objects >$(SANITIZED).log 2>&1 || ! cat $(SANITIZED).log
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	MAML_EXT_SANITIZE=1 PYTHONPATH=$(SANITIZED)/lib $(VENV)/bin/pytest --capture=sys $(SANITIZE_TESTS) $(ARGS)
+	MAML_EXT_SANITIZE=1 MAML_EXT_EMULATED_SANITIZER=address PYTHONPATH=$(SANITIZED)/lib $(VENV)/bin/pytest --capture=sys $(SANITIZE_TESTS) $(ARGS)
 
 # The table of what every CUDA kernel needs, csrc/cuda/resources.txt. Needs nvcc, and no GPU.
 cuda-resources: install

@@ -120,8 +120,10 @@ INLINE void each_element(const Plan& plan, int first, int stretches, Load load, 
     for (int start = threadIdx.x; start < stretch.count; start += kLoads * blockDim.x) {
       decltype(load(stretch.source)) loaded[kLoads];
 #pragma unroll
-      for (int n = 0; n < kLoads; n++)
-        loaded[n] = load(stretch.source + smaller(start + n * int(blockDim.x), stretch.count - 1));
+      for (int n = 0; n < kLoads; n++) {
+        const int i = start + n * blockDim.x;
+        if (i < stretch.count) loaded[n] = load(stretch.source + i);
+      }
 #pragma unroll
       for (int n = 0; n < kLoads; n++) {
         const int i = start + n * blockDim.x;

@@ -180,6 +180,7 @@ struct Task : Stages<T> {
       __syncthreads();
       if (!backward) continue;
       const int side = this->template backward<D>(count);
+      // What it reads is next written behind the barrier above.
       if (data.to_x) give_back(data, first, count, this->template gradient<D>(side), sign);
     }
   }
@@ -190,7 +191,6 @@ struct Task : Stages<T> {
       const int n = i / plan.features, k = i % plan.features;
       data.to_x[sample(data, first) * plan.features + i] += sign * result_of(g.at(n * Stage::pitch(plan.features) + k));
     }
-    __syncthreads();
   }
 
   // The loss with its gradient in the slopes (and what else `data` wants), or with D a Dual their tangents. Every
@@ -248,10 +248,7 @@ struct Task : Stages<T> {
   // thread reads and writes the same elements of it each time. theta_k has been loaded. To first order H counts as 0:
   // the direction is, and what is left of the pass is the gradient, for that of the rates.
   INLINE void step_back(int64_t k, bool resident, T* lambda) const {
-    if (!plan.dual) {  // nobody asks for anything but lambda, which does not change
-      __syncthreads();
-      return;
-    }
+    if (!plan.dual) return;  // nobody asks for anything but lambda, which does not change
     clear_slopes();
     const Rates rate = rates(k);
     each_parameter(
