@@ -54,7 +54,7 @@ DEVICES = (
 SCHEDULERS, REGISTERS = 4, 65536  # of an SM
 RESERVED = 1024  # bytes of shared memory that the system keeps for each block
 # Registers a thread of meta<float>, by `nvcc -Xptxas -v` (13.0); they are given out by 256 a warp.
-REGISTERS_OF_META = {"sm_80": 121, "sm_90": 126, "sm_89": 128}
+REGISTERS_OF_META = {"sm_80": 118, "sm_90": 128, "sm_89": 127}
 
 # Assumptions.
 BARRIER = 40  # cycles, where all warps arrive at once

@@ -5,7 +5,6 @@ task and one parameter tensor at a time, and uses nothing of maml_ext.
 """
 
 import contextlib
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,15 +41,12 @@ def float64():
 
 @pytest.fixture(scope="session")
 def emulated():
-    """The CUDA kernels on the CPU: operators like those of maml_ext in torch.ops.maml_ext_emulated, and a module.
-
-    MAML_EXT_EMULATED_SANITIZER=address compiles them so, for a process with the sanitizer's libraries loaded before.
-    """
+    """The CUDA kernels on the CPU: operators like those of maml_ext in torch.ops.maml_ext_emulated, and a module."""
     if emulation.unavailable():
         pytest.skip(emulation.unavailable())
     from emulation import operators
 
-    return operators.load(os.environ.get("MAML_EXT_EMULATED_SANITIZER"))
+    return operators.load()
 
 
 class Batch(NamedTuple):

@@ -16,7 +16,7 @@ def test_doctor_runs_from_the_command_line():
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     assert maml_ext.__version__ in result.stdout and torch.__version__ in result.stdout
-    for name in doctor.CHECKS:
+    for name in (name for name, check in doctor.CHECKS.items() if check.runs_on("cpu")):
         assert result.stdout.count(name) >= len(doctor.TOLERANCE)
     assert "WRONG" not in result.stdout and "FAILED" not in result.stdout
 

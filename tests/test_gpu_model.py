@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import cuda_resources
 import pytest
 import torch
 
@@ -164,3 +165,10 @@ def test_the_table_says_that_it_is_a_model(emulated, tmp_path, capsys):
     assert "not a measurement" in written["note"]
     assert written["workloads"]["tiny_mlp"]["counts"]["launches"]["single pass"] == 2
     assert written["workloads"]["tiny_conv"]["counts"] is None
+
+
+def test_registers_are_those_recorded():
+    _, table = cuda_resources.read_table()
+    for architecture in ("sm_80", "sm_90"):
+        recorded = table["meta.cu", "meta<float>", architecture].registers
+        assert gpu_model.REGISTERS_OF_META[architecture] == recorded

@@ -17,8 +17,12 @@ HOST = [CSRC / "cuda" / "plan.cpp", CSRC / "engine" / "program.cpp"]
 
 
 @cache
-def load(sanitizer: str | None = None):
-    """The module of module.cpp, its operators registered; built once for each state of the sources, in ``out/``."""
+def load():
+    """The module of module.cpp, its operators registered; built once for each state of the sources, in ``out/``.
+
+    MAML_EXT_EMULATED_SANITIZER=address compiles it so, for a process with the sanitizer's libraries loaded before.
+    """
+    sanitizer = os.environ.get("MAML_EXT_EMULATED_SANITIZER")
     state = hashlib.sha256(f"{sanitizer} {torch.__version__} {sys.version}".encode())
     for path in sorted(p for folder in (CSRC, emulation.HERE) for p in folder.rglob("*.*") if p.suffix != ".pyc"):
         state.update(path.read_bytes())
