@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Batch, relative_error, require_grad, weighted_sum
-from test_engine import LOSSES, Wrapped, assert_close, mlp, results
+from test_engine import LOSSES, Wrapped, assert_close, float32_errors, mlp, results
 from torch import nn
 
 import maml_ext
@@ -103,28 +103,15 @@ def test_the_same_bits_in_any_order_of_threads_and_blocks(name, kernels):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_float32_is_as_near_to_float64_as_eager_pytorch(name):
-    """The median of five: where rounding tips a kink the other way, either may be far off."""
-    errors = {"compiled": [], "torch": []}
-    for seed in range(5):
-        module, batch = made(name, seed=seed)
-        module.float().double()
-        batch = Batch(*(t.float().double() for t in batch))
-        truth = torch.cat([g.flatten() for g in results(module, batch, "torch")[1:]])
-        module.float()
-        for backend, found in errors.items():
-            gradients = results(module, Batch(*(t.float() for t in batch)), backend)[1:]
-            found.append(float(relative_error(torch.cat([g.flatten() for g in gradients]).double(), truth)))
-    ours, eager = (sorted(found)[2] for found in errors.values())
-    print(f"{name}: kernels {ours:.1e}, eager {eager:.1e}")
+    backends = [lambda module, batch, b=b: results(module, batch, b) for b in ("compiled", "torch")]
+    ours, eager = float32_errors(lambda seed: made(name, seed=seed), backends)
     assert ours < 2 * eager
 
 
-@pytest.mark.parametrize("name", SMOOTH)
-def test_gradcheck(name):
+def check_derivatives(module, batch):
     """Finite differences of the adapted parameters; second ones of the network and of the loss."""
-    module, batch = made(name, tasks=1, support=2, query=2)
     theta = maml_ext.flatten(module).detach().requires_grad_()
-    lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    lr = theta.new_tensor(0.05).requires_grad_()
     x, y = batch.support_x.clone().requires_grad_(), batch.support_y.clone().requires_grad_()
 
     def adapted(theta, lr, x):
@@ -136,6 +123,11 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(adapted, (theta, lr, x), fast_mode=True)
     assert torch.autograd.gradgradcheck(network, (theta, x), fast_mode=True, atol=1e-4)
     assert torch.autograd.gradgradcheck(loss, (theta, x, y), fast_mode=True, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_gradcheck(name):
+    check_derivatives(*made(name, tasks=1, support=2, query=2))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from conftest import Batch, relative_error, require_grad, weighted_sum
-from test_cuda_engine import NETWORKS, SMOOTH, made
-from test_engine import assert_close, results
+from conftest import Batch, require_grad
+from test_cuda_engine import NETWORKS, SMOOTH, check_derivatives, made
+from test_engine import assert_close, float32_errors, results
 
 import maml_ext
 from maml_ext import single_pass
@@ -38,38 +38,17 @@ def test_meta_gradient(name, meta_gradient, single, monkeypatch):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_float32_is_as_near_to_float64_as_the_cpu_engine(name):
-    errors = {"cpu": [], "cuda": []}
-    for seed in range(5):
-        module, batch = made(name, seed=seed)
-        module.float().double()
-        batch = Batch(*(t.float().double() for t in batch))
-        truth = torch.cat([g.flatten() for g in results(module, batch, "torch")[1:]])
-        module, batch = module.float(), Batch(*(t.float() for t in batch))
-        for device, found in errors.items():
-            gradients = results(module.to(device), on_device(batch, device), "compiled")
-            found.append(float(relative_error(torch.cat([g.flatten() for g in gradients[1:]]).double().cpu(), truth)))
-    ours, theirs = (sorted(errors[device])[2] for device in ("cuda", "cpu"))
-    print(f"{name}: CUDA {ours:.1e}, CPU {theirs:.1e}")
+    def way(device):
+        return lambda module, batch: results(module.to(device), on_device(batch, device), "compiled")
+
+    ours, theirs = float32_errors(lambda seed: made(name, seed=seed), [way("cuda"), way("cpu")])
     assert ours < 2 * theirs
 
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_gradcheck(name):
     module, batch = made(name, tasks=1, support=2, query=2)
-    module, batch = module.cuda(), on_device(batch)
-    theta = maml_ext.flatten(module).detach().requires_grad_()
-    lr = torch.tensor(0.05, dtype=torch.float64, device="cuda", requires_grad=True)
-    x, y = batch.support_x.clone().requires_grad_(), batch.support_y.clone().requires_grad_()
-
-    def adapted(theta, lr, x):
-        (_, result) = maml_ext.inner_loop(module, theta, x, batch.support_y, lr=lr, steps=1, backend="compiled")
-        return weighted_sum(result)
-
-    network = lambda theta, x: maml_ext.network(module, theta, x, backend="compiled")  # noqa: E731
-    loss = lambda theta, x, y: maml_ext.task_loss(module, theta, x, y, backend="compiled")  # noqa: E731
-    assert torch.autograd.gradcheck(adapted, (theta, lr, x), fast_mode=True)
-    assert torch.autograd.gradgradcheck(network, (theta, x), fast_mode=True, atol=1e-4)
-    assert torch.autograd.gradgradcheck(loss, (theta, x, y), fast_mode=True, atol=1e-4)
+    check_derivatives(module.cuda(), on_device(batch))
 
 
 def test_the_same_bits_again():

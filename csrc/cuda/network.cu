@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     predict(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call) {
   DYNAMIC_SHARED(shared);
   const Task<T> task(plan, call, shared);
-  task.load_parameters(task.of_task(call.theta, call.shared));
-  task.load_constants();
+  task.start(false);
   task.template pass<T>(call.query, false, 1, [&](int64_t first, int count) {
     store_prediction<T, T>(task, first, count);
     return false;
@@ -50,9 +49,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     pull(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call) {
   DYNAMIC_SHARED(shared);
   const Task<T> task(plan, call, shared);
-  task.load_parameters(task.of_task(call.theta, call.shared));
-  task.load_constants();
-  task.clear_slopes();
+  task.start(false);
   task.template pass<T>(call.query, false, 1, [&](int64_t first, int count) {
     seed_cotangent<T, T>(task, first, count);
     return true;
@@ -65,10 +62,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     pull_tangent(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call) {
   DYNAMIC_SHARED(shared);
   const Task<T> task(plan, call, shared);
-  task.load_parameters(task.of_task(call.theta, call.shared));
-  task.load_constants();
-  task.load_direction();
-  task.clear_slopes();
+  task.start(true);
   task.template pass<Dual<T>>(call.query, false, 1, [&](int64_t first, int count) {
     store_prediction<T, Dual<T>>(task, first, count);
     seed_cotangent<T, Dual<T>>(task, first, count);

@@ -11,10 +11,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     score(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call) {
   DYNAMIC_SHARED(shared);
   const Task<T> task(plan, call, shared);
-  task.load_parameters(task.of_task(call.theta, call.shared));
-  task.load_constants();
-  task.clear_slopes();
-  __syncthreads();
+  task.start(false);
   const T loss = task.template score<T>(call.query, false, call.to_theta || call.query.to_x, true, 1);
   if (threadIdx.x == 0) call.loss[task.task] = loss;
   if (call.to_theta) task.store_slope(call.to_theta + task.task * plan.parameters);
@@ -25,11 +22,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     score_tangent(const __grid_constant__ Plan plan, const __grid_constant__ Call<T> call) {
   DYNAMIC_SHARED(shared);
   const Task<T> task(plan, call, shared);
-  task.load_parameters(task.of_task(call.theta, call.shared));
-  task.load_constants();
-  task.load_direction();
-  task.clear_slopes();
-  __syncthreads();
+  task.start(true);
   task.template score<Dual<T>>(call.query, false, true, false, 1);
   task.store_slope(call.to_theta + task.task * plan.parameters);
 }

@@ -47,21 +47,23 @@ struct Stages {
     if (is_dual<D> && plan.keeps_value) memory.value_slope[i] += value_of(g);
   }
 
+  // A function of x, by its value and derivative there.
+  template <class D>
+  static INLINE D function_of(D x, T value, T derivative) {
+    if constexpr (is_dual<D>)
+      return D(value, derivative * x.tangent);
+    else
+      return value;
+  }
   template <class D>
   static INLINE D activated(const Stage& s, D x) {
     const Jet<T> jet = jet_of<T>(s.activation, value_of(x), T(s.a), T(s.b));
-    if constexpr (is_dual<D>)
-      return D(jet.value, jet.first * x.tangent);
-    else
-      return jet.value;
+    return function_of(x, jet.value, jet.first);
   }
   template <class D>
   static INLINE D slope_of_activation(const Stage& s, D x) {
     const Jet<T> jet = jet_of<T>(s.activation, value_of(x), T(s.a), T(s.b));
-    if constexpr (is_dual<D>)
-      return D(jet.first, jet.second * x.tangent);
-    else
-      return jet.first;
+    return function_of(x, jet.first, jet.second);
   }
 
   // Element (n, i) of what a stage computes is stored: its activation.

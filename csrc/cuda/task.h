@@ -1,5 +1,5 @@
 // One task on one thread block: loading, the loss, a pass over its samples, the steps of the inner loop and of the
-// adjoint recursion. The kernels (predict.cu, score.cu, adapt.cu, meta.cu) put these together.
+// adjoint recursion. The kernels (network.cu, score.cu, adapt.cu, meta.cu) put these together.
 #pragma once
 
 #include "stages.h"
@@ -46,6 +46,14 @@ struct Task : Stages<T> {
       memory.slope[i] = 0;
       if (plan.keeps_value) memory.value_slope[i] = 0;
     }
+  }
+  // What a kernel of one pass begins with, with a direction or without.
+  INLINE void start(bool along) const {
+    load_parameters(of_task(call.theta, call.shared));
+    load_constants();
+    if (along) load_direction();
+    if (plan.backward) clear_slopes();
+    __syncthreads();
   }
   INLINE void store_slope(T* to) const {
     each_parameter(
