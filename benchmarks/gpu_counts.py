@@ -22,11 +22,11 @@ STEP = {False: 12, True: 36}
 BATCH = {False: 4, True: 2}
 LOADS = 4  # of `each_element`
 TILE, FINISH = 40, 40
-PASS, SAMPLE, BIAS, LOSS = 16, 55, 8, 100  # by element of a pass over parameters, samples, sums of biases, losses
+PASS, SAMPLE, LOSS = 16, 55, 100  # by element of a pass over parameters, samples, losses
 
 # Latencies in cycles. Assumptions: table 3 of PMC10448217 has 20 for shared memory, 200 for the second level cache and
 # 4 for arithmetic on both A100 and H100; taken here is the upper end of what is usually given, up to 30 and 270.
-SHARED, FIRST_CACHE, SECOND_CACHE, ARITHMETIC, SHUFFLE = 29, 38, 260, 4, 25
+SHARED, FIRST_CACHE, SECOND_CACHE, SHUFFLE = 29, 38, 260, 25
 
 
 @dataclass
@@ -124,10 +124,9 @@ class Block:
 
     def backward(self, count: int, dual: bool) -> None:
         for i, s in reversed(list(enumerate(self.plan["stages"]))):
-            if s["learns"]:
-                self.product(s["inputs"], s["outputs"], count, (1, 1), dual, False)
-            if s["learns_bias"]:
-                self.each("sums for biases", s["outputs"], count * BIAS, count * (SHARED + ARITHMETIC))
+            rows = s["inputs"] * s["learns"] + s["learns_bias"]  # the bias is the weight of one more input
+            if rows:
+                self.product(rows, s["outputs"], count, (1, 1), dual, False)
             if s["moves"]:
                 activated = i > 0 and self.plan["stages"][i - 1]["activated"]
                 self.product(count, s["inputs"], s["outputs"], (s["output_pitch"], 1), dual, activated)

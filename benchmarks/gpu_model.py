@@ -18,6 +18,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -53,8 +54,8 @@ DEVICES = (
 )
 SCHEDULERS, REGISTERS = 4, 65536  # of an SM
 RESERVED = 1024  # bytes of shared memory that the system keeps for each block
-# Registers a thread of meta<float>, by `nvcc -Xptxas -v` (13.0); they are given out by 256 a warp.
-REGISTERS_OF_META = {"sm_80": 118, "sm_90": 128, "sm_89": 127}
+# What each kernel takes, by nvcc: what a device runs whose own architecture is not recorded is taken for sm_80.
+RESOURCES = Path(__file__).parent.parent / "csrc" / "cuda" / "resources.txt"
 
 # Assumptions.
 BARRIER = 40  # cycles, where all warps arrive at once
@@ -119,10 +120,19 @@ def plan(module, workload: Workload, device: Device) -> dict | str:
     return module.plan_of_meta(*program(workload), samples, gpu_counts.NUMBER_BYTES, device.block_memory * 1024)
 
 
+@cache
+def registers_of_meta() -> dict[str, int]:
+    """Registers a thread of the kernel, by architecture."""
+    rows = (line.split() for line in RESOURCES.read_text().splitlines())
+    return {row[2]: int(row[3]) for row in rows if row[:2] == ["meta.cu", "meta<float>"]}
+
+
 def occupancy(layout: dict, device: Device) -> tuple[int, str]:
     """How many blocks an SM holds at a time, and what there is no more of."""
     warps = layout["threads"] // gpu_counts.WARP
-    registers = math.ceil(REGISTERS_OF_META[device.architecture] * gpu_counts.WARP / 256) * 256 * warps
+    recorded = registers_of_meta()
+    a_thread = recorded.get(device.architecture, recorded["sm_80"])
+    registers = math.ceil(a_thread * gpu_counts.WARP / 256) * 256 * warps  # they are given out by 256 a warp
     limits = {
         "shared memory": device.memory * 1024 // (layout["shared_bytes"] + RESERVED),
         "registers": REGISTERS // registers,

@@ -58,7 +58,6 @@ PLANTED = [
            "plan.frame * chunk", "plan.frame * (chunk - 1)"),
     Mutant("no room for the last gradient", "plan.h", "memory.gradients = ", "extent", "extent - 1"),
     Mutant("loads one too many", "task.h", "load_samples(", "i < count * plan.features", "i <= count * plan.features"),
-    Mutant("bias of one sample too many", "stages.h", "s.learns_bias)", "n < count", "n <= count"),
     Mutant("one factor too many", "block.h", "sum[kTile][kTile]", "k < depth", "k <= depth"),
     Mutant("one task too many", "sum_tasks.cu", "T sum", "t < tasks", "t <= tasks"),
     # Two blocks on one address.

@@ -99,19 +99,15 @@ struct Stages {
   INLINE void linear_backward(const Stage& s, int below, int count, Array<D> g, Array<D> to) const {
     const int pitch = Stage::pitch(s.inputs), out_pitch = Stage::pitch(s.outputs);
     const Array<D> x = value<D>(s.in), weight = parameters<D>(s.weight);
-    if (s.learns_weight)
+    // The bias is the weight of one more input, which is always 1.
+    const int weights = s.learns_weight ? s.inputs : 0;
+    if (s.learns_weight || s.learns_bias)
       product<D>(
-          s.inputs, s.outputs, count, [&](int i, int n) { return x.at(n * pitch + i); },
+          weights + s.learns_bias, s.outputs, count,
+          [&](int i, int n) { return i < weights ? x.at(n * pitch + i) : D(1); },
           [&](int j, int n) { return g.at(n * out_pitch + j); },
-          [&](int i, int j, D sum) { add_to_slope(s.weight + j * pitch + i, sum); }, [](int, int) {});
-    if (s.learns_bias)
-#pragma unroll 1
-      for (int j = threadIdx.x; j < s.outputs; j += blockDim.x) {
-        D sum(0);
-#pragma unroll 1
-        for (int n = 0; n < count; n++) sum = sum + g.at(n * out_pitch + j);
-        add_to_slope(s.bias + j, sum);
-      }
+          [&](int i, int j, D sum) { add_to_slope(i < weights ? s.weight + j * pitch + i : s.bias + j, sum); },
+          [](int, int) {});
     if (s.moves)
       product<D>(
           count, s.inputs, s.outputs, [&](int n, int j) { return g.at(n * out_pitch + j); },
