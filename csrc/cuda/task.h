@@ -234,24 +234,6 @@ struct Task : Stages<T> {
     __syncthreads();
   }
 
-  // - lambda_{k+1} * g_k, the gradient of the rates of step k.
-  INLINE void add_to_rates(int64_t k, const T* lambda) const {
-    const int64_t row = task * call.rate_rows + (call.rate_rows > 1 ? k : 0);
-    if (call.per_parameter) {
-      T* const to = call.to_rates + row * plan.parameters;
-      each_parameter(
-          plan, [&](int64_t at) { return lambda[at]; },
-          [&](int i, int64_t at, T l) { to[at] -= l * memory.value_slope[i]; });
-    } else {
-      T sum = 0;
-      each_parameter(
-          plan, [&](int64_t at) { return lambda[at]; },
-          [&](int i, int64_t, T l) { sum += l * memory.value_slope[i]; });
-      sum = sum_over_block(sum, memory.sums);
-      if (threadIdx.x == 0) call.to_rates[row] -= sum;
-    }
-  }
-
   // lambda_{k+1} -> lambda_k = lambda_{k+1} - H (rate * lambda_{k+1}), in `lambda`, of this task in device memory; a
   // thread reads and writes the same elements of it each time. theta_k has been loaded. To first order H counts as 0:
   // the direction is, and what is left of the pass is the gradient, for that of the rates.
@@ -264,10 +246,23 @@ struct Task : Stages<T> {
         [&](int i, int64_t, T along) { memory.direction[i] = along; });
     __syncthreads();
     score<Dual<T>>(call.support, resident, true, false, -1);
-    if (call.to_rates) add_to_rates(k, lambda);
+    // In the same pass - lambda_{k+1} * g_k, the gradient of the rates: one for each, or their sum.
+    const int64_t row = task * call.rate_rows + (call.rate_rows > 1 ? k : 0);
+    T* const each = call.to_rates && call.per_parameter ? call.to_rates + row * plan.parameters : nullptr;
+    T sum = 0;
     each_parameter(
         plan, [&](int64_t at) { return lambda[at]; },
-        [&](int i, int64_t at, T l) { lambda[at] = l - memory.slope[i]; });
+        [&](int i, int64_t at, T l) {
+          lambda[at] = l - memory.slope[i];
+          if (!plan.keeps_value) return;
+          const T change = l * memory.value_slope[i];
+          if (each) in_device_memory(each)[at] -= change;
+          sum += change;
+        });
+    if (call.to_rates && !each) {
+      sum = sum_over_block(sum, memory.sums);
+      if (threadIdx.x == 0) call.to_rates[row] -= sum;
+    }
     __syncthreads();
   }
 };
