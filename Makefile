@@ -12,6 +12,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 
 help:
 	@echo "make install | test | sanitize | demo | benchmark | doctor | wheel | clean      (ARGS='...' is passed on)"
+	@echo "make test ARGS='-m thorough'      (what compiles kernels many times over; '-m gpu': on a CUDA device)"
 	@echo "make cuda-resources | cuda-check      (need nvcc, and no GPU)"
 
 install: $(STAMP)

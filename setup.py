@@ -146,8 +146,8 @@ class BuildWithCuda(BuildExtension):
     def build_extension(self, ext):
         if getattr(ext, "cuda_sources", None):
             target = self.get_ext_fullpath(ext.name)
-            if not (self.force or newer_group([*ext.sources, *ext.depends], target)):
-                return
+            if not self.inplace and not newer_group([*ext.sources, *ext.depends], target):
+                return  # put there by `make cuda-check`
             objects = ext.nvcc.compile(ext.cuda_sources, Path(self.build_temp).resolve() / "cuda")
             ext.extra_objects = objects
             ext.depends = [*ext.depends, *objects]
