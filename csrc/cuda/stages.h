@@ -3,8 +3,7 @@
 //
 //   forward    values of the input -> values before and behind the activation
 //   backward   the gradient at the value before the activation -> the gradient before the activation of the stage
-//   below,
-//              and of the parameters
+//              below, and of the parameters
 //
 // A stage's activation is applied where its argument is stored, and its derivative where the gradient behind it is: so
 // there is one barrier a layer, each way.
