@@ -1,1 +1,4 @@
-"""Triton kernels, installed as ``maml_ext.kernels``. None yet: on a GPU the reference engine runs."""
+"""Triton kernels and the engine that runs network programs by them, installed as ``maml_ext.kernels``.
+
+This module imports no triton; the others do.
+"""

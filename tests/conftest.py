@@ -5,6 +5,7 @@ task and one parameter tensor at a time, and uses nothing of maml_ext.
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 import maml_ext
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on CPU tensors
 torch.set_num_threads(1)  # the tensors here are tiny
 TASKS, SHOTS, QUERIES = 3, 4, 5
 OPERATORS = ("predict", "pull", "pull_tangent", "score", "score_tangent", "adapt", "adjoint", "meta")  # of an engine
