@@ -24,6 +24,15 @@ def load(pointers, offsets, mask, dtype: tl.constexpr):
 
 
 @triton.jit
+def advance(pointers, by):
+    """Pointers to what lies further on, so that offsets from there are small."""
+    if len(pointers) == 1:
+        return (pointers[0] + by,)
+    else:
+        return (pointers[0] + by, pointers[1] + by)
+
+
+@triton.jit
 def store(pointers, offsets, x, mask):
     """Where x has no tangent and there is room for one, it is 0."""
     tl.store(pointers[0] + offsets, x[0], mask)
@@ -42,7 +51,12 @@ def tangent(x):
 @triton.jit
 def zeros_like(x, shape: tl.constexpr, dtype: tl.constexpr):
     """A number of zeros with as many parts as x has."""
-    if len(x) == 1:
+    return zeros(len(x), shape, dtype)
+
+
+@triton.jit
+def zeros(parts: tl.constexpr, shape: tl.constexpr, dtype: tl.constexpr):
+    if parts == 1:
         return (tl.zeros(shape, dtype),)
     else:
         return (tl.zeros(shape, dtype), tl.zeros(shape, dtype))

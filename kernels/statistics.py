@@ -14,6 +14,7 @@ from .launch import launch, size
 from .numbers import add, expand, load, multiply, scale, select, store, subtract, total, zeros_like
 
 RANGES = 32
+_RANGES = tl.constexpr(RANGES)
 ROWS = 64  # a range is a multiple of it, and so of any tile of 16, 32 or 64 rows
 
 
@@ -47,16 +48,21 @@ def merge(count, mean, m2, other_count, other_mean, other_m2):
 
 @triton.jit
 def collect(counts, means, m2s, task, channel, mask, chunks, channels, dtype: tl.constexpr):
-    """Over all ranges of a task: how many rows count, mean and sum of squared distances of some channels."""
+    """Over all ranges of a task: how many rows count, mean and sum of squared distances of some channels.
+
+    All ranges are loaded at once: one after the other, each would wait for the memory.
+    """
     task = task.to(tl.int64)
-    count = tl.load(counts + task * chunks).to(dtype)
-    mean = load(means, task * chunks * channels + channel, mask, dtype)
-    m2 = load(m2s, task * chunks * channels + channel, mask, dtype)
-    for i in range(1, chunks):
-        at = (task * chunks + i) * channels + channel
-        other = tl.load(counts + task * chunks + i).to(dtype)
-        count, mean, m2 = merge(count, mean, m2, other, load(means, at, mask, dtype), load(m2s, at, mask, dtype))
-    return count, mean, m2
+    chunk = tl.arange(0, _RANGES)
+    count = tl.load(counts + task * chunks + chunk, chunk < chunks, 0.0).to(dtype)
+    both = tl.sum(count, 0)
+    at = (task * chunks + tl.expand_dims(chunk, 1)) * channels + tl.expand_dims(channel, 0)
+    there = tl.expand_dims(chunk < chunks, 1) & tl.expand_dims(mask, 0)
+    mean, m2 = load(means, at, there, dtype), load(m2s, at, there, dtype)
+    count = tl.expand_dims(count, 1)
+    whole = scale(total(scale(mean, count), 0), 1.0 / tl.maximum(both, 1.0))
+    distance = subtract(mean, expand(whole, 0))
+    return both, whole, total(add(m2, scale(multiply(distance, distance), count)), 0)
 
 
 @triton.jit
