@@ -189,8 +189,8 @@ def _backward(
             share = share / samples
         else:
             sample = tl.arange(0, SAMPLES)
-            there = tl.load(sample_weight + task * samples + sample, sample < samples, 0.0) != 0
-            share = share / tl.sum(there.to(dtype), 0)
+            counted = tl.load(sample_weight + task * samples + sample, sample < samples, 0.0) != 0
+            share = share / tl.sum(counted.to(dtype), 0)
         mean_dy = scale(sums_of(to_bias, splits, tasks, task, channel, inside, channels, dtype), share)
         mean_slope = scale(sums_of(to_weight, splits, tasks, task, channel, inside, channels, dtype), share)
 
