@@ -62,25 +62,26 @@ class Block:
 
 
 @triton.jit
-def parameter(slice, task, channel, inside, dtype: tl.constexpr):
-    """Of some channels, as a row; None where there is none."""
+def parameter(slice, task, at, mask, dtype: tl.constexpr):
+    """Some elements of a Slice; None where there is none."""
     if slice is None:
         return None
     else:
         pointers, stride, offset = slice
-        return expand(load(pointers, task * stride + offset + channel, inside, dtype), 0)
+        return load(advance(pointers, task * stride + offset), at, mask, dtype)
 
 
 @triton.jit
 def fixed(moments, task, channel, inside, EPS: tl.constexpr, dtype: tl.constexpr):
     """Mean and 1 / deviation, from constants."""
+    channel, inside = tl.expand_dims(channel, 0), tl.expand_dims(inside, 0)
     variance = parameter(moments[1], task, channel, inside, dtype)
     return parameter(moments[0], task, channel, inside, dtype), inverse_root(shift(variance, EPS))
 
 
 @triton.jit
 def normalise(x, mean, root, weight, bias):
-    """x^ and y; without a norm both are x."""
+    """x^ and y; without a norm both are x. Weight and bias may be None."""
     if mean is None:
         return x, x
     else:
@@ -119,8 +120,8 @@ def _forward(
         mean, root = expand(mean, 0), expand(root, 0)
     if NORM == "fixed":
         mean, root = fixed(moments, task, channel, inside, EPS, dtype)
-    gamma = parameter(weight, task, channel, inside, dtype)
-    beta = parameter(bias, task, channel, inside, dtype)
+    gamma = parameter(weight, task, tl.expand_dims(channel, 0), tl.expand_dims(inside, 0), dtype)
+    beta = parameter(bias, task, tl.expand_dims(channel, 0), tl.expand_dims(inside, 0), dtype)
 
     x, z = advance(x, task * samples * h * w * channels), advance(z, task * rows * channels)
     end = tl.minimum((part + 1) * part_rows, rows)
@@ -177,8 +178,8 @@ def _backward(
         mean, root = expand(load(moments, at, inside, dtype), 0), expand(load(moments, at + channels, inside, dtype), 0)
     if NORM == "fixed":
         mean, root = fixed(moments, task, channel, inside, EPS, dtype)
-    gamma = parameter(weight, task, channel, inside, dtype)
-    beta = parameter(bias, task, channel, inside, dtype)
+    gamma = parameter(weight, task, tl.expand_dims(channel, 0), tl.expand_dims(inside, 0), dtype)
+    beta = parameter(bias, task, tl.expand_dims(channel, 0), tl.expand_dims(inside, 0), dtype)
     if NORM is not None and dx is not None:
         slope = root
         if gamma is not None:
@@ -256,15 +257,15 @@ def _backward(
             store(advance(to_weight[0], to_weight[1]), at, total(sum_slope, 0), inside)
 
 
-def _tile(channels: int, itemsize: int = 4) -> tuple[int, int]:
+def tile_of(channels: int, itemsize: int = 4) -> tuple[int, int]:
     """Rows and channels: 4 KiB a tile of values. Twice as much has too few registers where there are tangents."""
     width = min(32, triton.next_power_of_2(channels))
     return 4096 // itemsize // width, width
 
 
-def _rows_of_part(rows: int, tasks: int, channels: int, most: int) -> int:
+def rows_of_part(rows: int, tasks: int, channels: int, most: int) -> int:
     """Whole tiles, in at most so many parts, and no more than fill the processor."""
-    tile_rows, width = _tile(channels)
+    tile_rows, width = tile_of(channels)
     wanted = min(most, triton.cdiv(PROGRAMS, tasks * triton.cdiv(channels, width)))
     return triton.cdiv(triton.cdiv(rows, wanted), tile_rows) * tile_rows
 
@@ -276,19 +277,19 @@ def _cells(block: Block, samples: int) -> int:
 def splits(block: Block, tasks: int, samples: int) -> int:
     """Of the sums over rows: of both gradients, and of the workspace."""
     cells = _cells(block, samples)
-    return triton.cdiv(cells, _rows_of_part(cells, tasks, block.c, RANGES))
+    return triton.cdiv(cells, rows_of_part(cells, tasks, block.c, RANGES))
 
 
-def _argument(slice: Slice | None):
+def argument_of(slice: Slice | None):
     return slice and (slice.numbers, slice.stride, slice.offset)
 
 
-def _parts(*numbers: Number | None) -> int:
+def parts_of(*numbers: Number | None) -> int:
     return max(len(n) for n in numbers if n is not None)
 
 
 def _constants(block: Block, parts: int, itemsize: int) -> dict:
-    rows, width = _tile(block.c, itemsize)
+    rows, width = tile_of(block.c, itemsize)
     return dict(
         NORM=block.norm, EPS=block.eps, KIND=block.activation.kind, A=block.activation.a, B=block.activation.b,
         POOL=block.pool, KH=block.kh, KW=block.kw, SH=block.sh, SW=block.sw, DIVISOR=block.divisor, PARTS=parts,
@@ -312,14 +313,14 @@ def forward(
         # What a program merges is at most half of what it normalises.
         most = max(1, samples * block.h * block.w // (4 * statistics.count.shape[1]))
     elif statistics:
-        moments = tuple(_argument(s) for s in statistics)
+        moments = tuple(argument_of(s) for s in statistics)
         read = tuple(s.numbers for s in statistics)
     affine = [s and s.numbers for s in (weight, bias)]
-    part_rows = _rows_of_part(rows, tasks, block.c, most)
-    constants = _constants(block, _parts(x, *read[-2:], *affine), x[0].element_size())
+    part_rows = rows_of_part(rows, tasks, block.c, most)
+    constants = _constants(block, parts_of(x, *read[-2:], *affine), x[0].element_size())
     launch(
         _forward, tasks * triton.cdiv(rows, part_rows) * triton.cdiv(block.c, constants["CHANNELS"]), x, moments,
-        _argument(weight), _argument(bias), z, saved, samples, block.h, block.w, block.c, block.out_h, block.out_w,
+        argument_of(weight), argument_of(bias), z, saved, samples, block.h, block.w, block.c, block.out_h, block.out_w,
         part_rows, **constants, flops=6 * x[0].numel() * constants["PARTS"], moved=size(x, read, z, saved),
     )  # fmt: skip
 
@@ -336,22 +337,22 @@ def backward(
     batch, cells, parts = block.norm == "batch", _cells(block, samples), splits(block, tasks, samples)
     moments, read = saved, (saved,)
     if block.norm == "fixed":
-        moments, read = tuple(_argument(s) for s in saved), tuple(s.numbers for s in saved)
+        moments, read = tuple(argument_of(s) for s in saved), tuple(s.numbers for s in saved)
     sums = [p and (p.numbers, p.offset) for p in (to_weight, to_bias)]
     if batch:
         sums = [s or (workspace, i * parts * tasks * block.c) for i, s in enumerate(sums)]
     affine = [s and s.numbers for s in (weight, bias)]
-    constants = _constants(block, _parts(x, dz, *read, *affine), x[0].element_size())
+    constants = _constants(block, parts_of(x, dz, *read, *affine), x[0].element_size())
     constants |= {"SAMPLES": triton.next_power_of_2(samples)}
     elements = x[0].numel() * constants["PARTS"]
     partial = 2 * parts * tasks * block.c * constants["PARTS"] * x[0].element_size()
     summing = batch or sums != [None, None]
 
     def start(sum: bool, dx: Number | None, most: int):
-        part_rows = _rows_of_part(cells, tasks, block.c, most)
+        part_rows = rows_of_part(cells, tasks, block.c, most)
         launch(
             _backward, tasks * triton.cdiv(cells, part_rows) * triton.cdiv(block.c, constants["CHANNELS"]), x, dz,
-            moments, _argument(weight), _argument(bias), dx, *sums, parts, sample_weight, tasks, samples, block.h,
+            moments, argument_of(weight), argument_of(bias), dx, *sums, parts, sample_weight, tasks, samples, block.h,
             block.w, block.c, block.out_h, block.out_w, part_rows, **constants, SUM=sum, ACCUMULATE=accumulate,
             flops=12 * elements, moved=size(x, dz, read, dx, dx if accumulate else None) + partial * summing,
         )  # fmt: skip

@@ -6,22 +6,15 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import jvp, vjp
-from triton_tools import device, guarded, needs_triton
+from conftest import relative_error
+from triton_tools import device, needs_triton
 
 pytestmark = needs_triton
 block = pytest.importorskip("maml_ext.kernels.block")
 from maml_ext.kernels import statistics  # noqa: E402
-from maml_ext.kernels.activation import IDENTITY  # noqa: E402
-from maml_ext.kernels.geometry import Activation, Partials, Slice, Statistics  # noqa: E402
-from maml_ext.program import Activation as Kind  # noqa: E402
+from maml_ext.kernels.geometry import Slice, Statistics  # noqa: E402
+from triton_layers import ACTIVATIONS, Memory, compare, derived, gradients, pair, told  # noqa: E402
 
-ACTIVATIONS = {
-    "none": (Activation(IDENTITY), lambda y: y),
-    "relu": (Activation(Kind.RELU), torch.relu),
-    "gelu": (Activation(Kind.GELU), F.gelu),
-    "softplus": (Activation(Kind.SOFTPLUS, 2.0, 20.0), lambda y: F.softplus(y, 2.0, 20.0)),
-}
 EPS = 1e-2
 
 
@@ -73,118 +66,69 @@ class Case:
 
 
 def make(case):
-    """Inputs of the formula and their tangents, and those of z's gradient."""
+    """Inputs of the formula, and the gradient at z."""
     t, n, h, w, c = case.shape
-
-    def number(*shape, moving):
-        value = torch.randn(shape, dtype=case.dtype, device=device)
-        return value, torch.randn_like(value) if moving else torch.zeros_like(value)
-
     kernel = case.block()
-    x = number(*case.shape, moving=case.moving)
-    affine = [
-        kind and number(t if kind == "parameter" else 1, c, moving=case.turning and kind == "parameter")
-        for kind in (case.weight if case.norm else None, case.bias if case.norm else None)
-    ]
+    x = pair(*case.shape, dtype=case.dtype, moving=case.moving)
+    weight, bias = (
+        pair(t if kind == "parameter" else 1, c, dtype=case.dtype, moving=case.turning and kind == "parameter")
+        if kind and case.norm
+        else None
+        for kind in (case.weight, case.bias)
+    )
     mean = torch.randn(c, dtype=case.dtype, device=device)
     variance = torch.rand(c, dtype=case.dtype, device=device)
     sample_weight = None
     if case.weighted:
         sample_weight = torch.rand(t, n, dtype=case.dtype, device=device)
         sample_weight[:, : n // 2] = 0
-    return x, affine, mean, variance, sample_weight, number(t, n, kernel.out_h, kernel.out_w, c, moving=True)
+    dz = pair(t, n, kernel.out_h, kernel.out_w, c, dtype=case.dtype)
+    return x, weight, bias, mean, variance, sample_weight, dz
 
 
-def truth(case, x, affine, mean, variance, sample_weight, dz, dtype):
-    """z, gradients at x, weight and bias; and the tangents of all."""
-    inputs = [x, *[a for a in affine if a]]
-    values, directions = ([number[i].to(dtype) for number in (*inputs, dz)] for i in (0, 1))
-    wide = [None if s is None else s.to(dtype) for s in (mean, variance, sample_weight)]
-
-    def passes(*values):
-        def forward(x, *rest):
-            rest = list(rest)
-            return case.formula(x, *[rest.pop(0) if a else None for a in affine], *wide)
-
-        z, pull = vjp(forward, *values[:-1])
-        return z, *pull(values[-1])
-
-    found, found_t = jvp(passes, tuple(values), tuple(directions))
-
-    def named(results):
-        names = ["z", "x", *[name for name, a in zip(("weight", "bias"), affine) if a]]
-        return dict(zip(names, results, strict=True))
-
-    return named(found), named(found_t)
+def truth(case, x, weight, bias, mean, variance, sample_weight, dz, dtype=torch.float64):
+    fixed = [None if s is None else s.to(dtype) for s in (mean, variance, sample_weight)]
+    return derived(lambda x, weight, bias: case.formula(x, weight, bias, *fixed), x, weight, bias, dz, dtype)
 
 
-def kernels(case, x, affine, mean, variance, sample_weight, dz, plain=False, accumulate=None, with_dx=True):
+def kernels(case, x, weight, bias, mean, variance, sample_weight, dz, plain=False, accumulate=None, with_dx=True):
     """The same by the kernels; ``plain``: without tangents."""
     t, n, h, w, c = case.shape
-    kernel, guards = case.block(), []
-    tangents = not plain and (case.moving or case.turning)
-
-    def number(*shape, like=None):
-        made = [guarded(*shape, dtype=case.dtype) for _ in range(2 if tangents else 1)]
-        guards.extend(untouched for _, untouched in made)
-        if like is not None:
-            for (tensor, _), value in zip(made, like):
-                tensor.copy_(value)
-        return tuple(tensor for tensor, _ in made)
-
-    def given(number, moving):
-        return number if moving and not plain else number[:1]
-
-    x = given(x, case.moving)
-    slices = []
-    for kind, a in zip((case.weight, case.bias), affine):
-        if a is None:
-            slices.append(None)
-        elif kind == "parameter":  # in a vector with something before and behind
-            wide = tuple(F.pad(v, (2, 3), value=float("nan")) for v in given(a, case.turning))
-            slices.append(Slice(wide, c + 5, 2))
-        else:
-            slices.append(Slice((F.pad(a[0], (4, 0), value=float("nan")),), 0, 4))
-    moments = saved = workspace = None
+    kernel = case.block()
+    memory = Memory(case.dtype, 1 if plain else 2)
+    x = memory.given(x, case.moving)
+    affine = [
+        memory.slice(p, kind, case.turning and kind == "parameter")
+        for p, kind in ((weight, case.weight), (bias, case.bias))
+    ]
+    moments = saved = None
     if case.norm == "batch":
         chunks = statistics.ranges(n * h * w)
-        pair = [tuple(torch.empty(t, chunks, c, dtype=case.dtype, device=device) for _ in x) for _ in range(2)]
-        moments = Statistics(torch.empty(t, chunks, dtype=case.dtype, device=device), *pair)
+        mean, m2 = ([tuple(torch.empty(t, chunks, c, dtype=case.dtype, device=device) for _ in x) for _ in range(2)])
+        moments = Statistics(torch.empty(t, chunks, dtype=case.dtype, device=device), mean, m2)
         statistics.measure(x, moments, sample_weight, t, n, h * w, c)
-        saved = number(t, 2, c)[: len(x)]
+        saved = memory.number(t, 2, c)[: len(x)]
     elif case.norm == "fixed":
         moments = (Slice((mean,), 0, 0), Slice((torch.cat([mean, variance]),), 0, c))
-    z = number(t, n, kernel.out_h, kernel.out_w, c)
-    block.forward(kernel, x, moments, *slices, z, saved, sample_weight, t, n)
+    z = memory.number(t, n, kernel.out_h, kernel.out_w, c)
+    block.forward(kernel, x, moments, *affine, z, saved, sample_weight, t, n)
 
     splits = block.splits(kernel, t, n)
-    targets = []
-    for kind, a in zip((case.weight, case.bias), affine):
-        sums = number(3 + splits * t * c)
-        targets.append(Partials(sums, 3, splits) if a and kind == "parameter" else None)
-    if None in targets:
-        workspace = number(2 * splits * t * c)
-    dx = number(*case.shape, like=accumulate) if with_dx else None
+    targets = {
+        name: memory.partials(splits, t, c) if p and kind == "parameter" else None
+        for name, p, kind in (("weight", weight, case.weight), ("bias", bias, case.bias))
+    }
+    workspace = memory.number(2, splits, t, c) if None in targets.values() else None
+    dx = memory.number(*case.shape, like=accumulate) if with_dx else None
     block.backward(
-        kernel, x, saved or moments, *slices, given(dz, True), dx, accumulate is not None, *targets, workspace, sample_weight, t, n
-    )
-    assert all(untouched() for untouched in guards)
-
-    def results(part):
-        found = {"z": z[part]}
-        if with_dx:
-            found["x"] = dx[part]
-        for name, target in zip(("weight", "bias"), targets):
-            if target:
-                found[name] = target.numbers[part][3:].view(splits, t, c).sum(0)
-        return found
-
-    return results(0), results(1) if tangents else None
-
-
-def compare(found, expected, tolerance=1e-11):
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+        kernel, x, saved or moments, *affine, memory.given(dz, True), dx, accumulate is not None, *targets.values(),
+        workspace, sample_weight, t, n,
+    )  # fmt: skip
+    assert memory.untouched()
+    return [
+        {"z": z[part], **({"x": dx[part]} if with_dx else {}), **gradients(targets, part, splits, t)}
+        for part in range(memory.parts)
+    ]
 
 
 POOLS = [
@@ -222,17 +166,91 @@ CASES = [
 ]
 
 
-def name(case):
-    told = [f"{f.name} {getattr(case, f.name)}" for f in dataclasses.fields(case) if getattr(case, f.name) != f.default]
-    return ", ".join(told).replace("(", "").replace(")", "") or "default"
-
-
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: told(case, dataclasses.fields(case)))
 def test_values_gradients_and_tangents(case):
     inputs = make(case)
-    expected, expected_t = truth(case, *inputs, torch.float64)
+    expected, expected_t = truth(case, *inputs)
     found, found_t = kernels(case, *inputs)
     compare(found, expected)
     compare(found_t, expected_t)
-    without, _ = kernels(case, *inputs, plain=True)
-    compare(without, expected)
+    compare(kernels(case, *inputs, plain=True)[0], expected)
+
+
+@pytest.mark.parametrize("norm", ["batch", "fixed", None])
+def test_gradient_is_added_or_left_out(norm):
+    case = Case(norm, "gelu", "max", (2, 2, 2, 2))
+    inputs = make(case)
+    before = pair(*case.shape, dtype=case.dtype)
+    alone, added = kernels(case, *inputs), kernels(case, *inputs, accumulate=before)
+    for part in range(2):
+        torch.testing.assert_close(added[part].pop("x"), alone[part].pop("x") + before[part], rtol=1e-14, atol=1e-14)
+        for others in (added, kernels(case, *inputs, with_dx=False)):
+            assert others[part].keys() == alone[part].keys()
+            assert all(torch.equal(others[part][name], alone[part][name]) for name in alone[part])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(activation="relu", pool="max", window=(2, 2, 2, 2), shape=(2, 5, 13, 10, 4), dtype=torch.float32),
+        Case(activation="gelu", pool="average", window=(2, 2, 2, 2), shape=(2, 5, 13, 10, 4), dtype=torch.float32),
+        Case("fixed", "softplus", shape=(2, 5, 7, 10, 4), dtype=torch.float32),
+    ],
+    ids=lambda case: told(case, dataclasses.fields(case)),
+)
+def test_float32(case):
+    """No further from the truth than twice what PyTorch is."""
+    inputs = list(make(case))
+    inputs[0] = (inputs[0][0] + 20, inputs[0][1])  # a mean that swallows digits
+    for found, eager, expected in zip(kernels(case, *inputs), truth(case, *inputs, torch.float32), truth(case, *inputs)):
+        for name, value in found.items():
+            assert relative_error(value, expected[name]) <= 2 * relative_error(eager[name], expected[name]), name
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), "tie"])
+def test_max_pooling_chooses_as_pytorch(special):
+    """The first of equals, also of infinities; NaN before all, and of several the last."""
+    case = Case(None, "none", "max", (2, 3, 2, 3), (1, 2, 5, 7, 3))
+    inputs = list(make(case))
+    x, dz = inputs[0][0].round() if special == "tie" else inputs[0][0], inputs[-1][0]
+    if special != "tie":
+        x[torch.rand_like(x) < 0.4] = special
+        x[0, 0, :2, :3] = special
+    images = x[0].movedim(-1, 1).clone().requires_grad_()
+    z = F.max_pool2d(images, (2, 3))
+    z.backward(dz[0].movedim(-1, 1))
+    found, _ = kernels(case, (x, inputs[0][1]), *inputs[1:])
+    torch.testing.assert_close(found["z"][0], z.detach().movedim(1, -1), equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(found["x"][0], images.grad.movedim(1, -1))
+
+
+def test_what_nothing_reads_still_moves_the_statistics():
+    case = Case(pool="max", window=(2, 2, 2, 2), shape=(1, 2, 3, 3, 2))
+    inputs = make(case)
+    assert (kernels(case, *inputs)[0]["x"][:, :, 2] != 0).all()
+    alone = dataclasses.replace(case, norm=None)
+    assert (kernels(alone, *make(alone))[0]["x"][:, :, 2] == 0).all()
+
+
+def test_repeats_to_the_bit():
+    case = Case(shape=(1, 3, 11, 13, 3), dtype=torch.float32)
+    inputs = make(case)
+    once, again = kernels(case, *inputs), kernels(case, *inputs)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(once, again) for name in a)
+
+
+@pytest.mark.parametrize("wrong", ["divisor", "weight", "window"])
+def test_comparison_sees_a_wrong_term(wrong):
+    case = Case(pool="average", window=(2, 2, 2, 2), weighted=True)
+    inputs = list(make(case))
+    found = kernels(case, *inputs)
+    if wrong == "divisor":
+        other = dataclasses.replace(case, pool="max")
+    elif wrong == "window":
+        other = dataclasses.replace(case, window=(2, 1, 2, 2))
+    else:
+        other, inputs[5] = case, torch.ones_like(inputs[5])  # samples of weight 0 counted
+    for results, expected in zip(found, truth(other, *inputs)):
+        for name in results:
+            with pytest.raises(AssertionError):
+                compare({name: results[name]}, expected, 1e-6)

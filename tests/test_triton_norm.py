@@ -1,0 +1,170 @@
+"""Norms over each sample with an activation in one kernel, with tangents, against PyTorch."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+from triton_tools import needs_triton
+
+pytestmark = needs_triton
+norm = pytest.importorskip("maml_ext.kernels.norm")
+from triton_layers import ACTIVATIONS, Memory, compare, derived, gradients, pair, told  # noqa: E402
+
+EPS = 1e-2
+
+
+@dataclasses.dataclass
+class Case:
+    groups: int = 2
+    elementwise: bool = False
+    activation: str = "gelu"
+    shape: tuple = (2, 3, 3, 2, 6)  # T, N, h, w, c
+    weight: str | None = "parameter"  # "constant"
+    bias: str | None = "parameter"
+    moving: bool = True  # x has a tangent
+    turning: bool = True  # parameters have one
+    dtype: torch.dtype = torch.float64
+
+    def kernel(self):
+        return norm.Norm(*self.shape[2:], self.groups, EPS, ACTIVATIONS[self.activation][0], self.elementwise)
+
+    def formula(self, x, weight, bias):
+        t, n, h, w, c = self.shape
+        groups = x.view(t, n, h * w, self.groups, c // self.groups)
+        distance = groups - groups.mean((2, 4), keepdim=True)
+        y = (distance * (distance.square().mean((2, 4), keepdim=True) + EPS).rsqrt()).view_as(x)
+        shape = (-1, 1, h, w, c) if self.elementwise else (-1, 1, 1, 1, c)
+        y = y if weight is None else y * weight.view(shape)
+        y = y if bias is None else y + bias.view(shape)
+        return ACTIVATIONS[self.activation][1](y)
+
+
+def make(case):
+    t, n, h, w, c = case.shape
+    affine = [
+        kind
+        and pair(
+            t if kind == "parameter" else 1, h * w * c if case.elementwise else c, dtype=case.dtype,
+            moving=case.turning and kind == "parameter",
+        )
+        for kind in (case.weight, case.bias)
+    ]  # fmt: skip
+    return pair(*case.shape, dtype=case.dtype, moving=case.moving), *affine, pair(*case.shape, dtype=case.dtype)
+
+
+def kernels(case, x, weight, bias, dz, plain=False, accumulate=None, with_dx=True):
+    """z and gradients by name, and where not ``plain`` their tangents."""
+    t, n, h, w, c = case.shape
+    kernel, memory = case.kernel(), Memory(case.dtype, 1 if plain else 2)
+    x = memory.given(x, case.moving)
+    affine = [
+        memory.slice(p, kind, case.turning and kind == "parameter")
+        for p, kind in ((weight, case.weight), (bias, case.bias))
+    ]
+    z, saved = memory.number(*case.shape), memory.number(t, 2, n * case.groups)[: len(x)]
+    norm.forward(kernel, x, *affine, z, saved, t, n)
+    splits = norm.splits(kernel, t, n)
+    targets = {
+        name: memory.partials(splits, t, p[0].shape[1]) if p and kind == "parameter" else None
+        for name, p, kind in (("weight", weight, case.weight), ("bias", bias, case.bias))
+    }
+    dx = memory.number(*case.shape, like=accumulate) if with_dx else None
+    norm.backward(
+        kernel, x, saved, *affine, memory.given(dz, True), dx, accumulate is not None, *targets.values(), t, n
+    )
+    assert memory.untouched()
+    return [
+        {"z": z[part], **({"x": dx[part]} if with_dx else {}), **gradients(targets, part, splits, t)}
+        for part in range(memory.parts)
+    ]
+
+
+CASES = [
+    Case(),
+    Case(groups=1),
+    Case(groups=6),
+    Case(groups=1, elementwise=True),
+    Case(groups=3, elementwise=True, activation="softplus"),
+    Case(groups=6, activation="none", shape=(1, 1, 3, 5, 6)),
+    Case(groups=1, elementwise=True, shape=(3, 5, 1, 1, 7)),  # vectors
+    Case(groups=1, shape=(1, 1, 1, 1, 1)),
+    Case(groups=1, elementwise=True, shape=(1, 2, 7, 5, 19)),  # several tiles of elements, of channels
+    Case(groups=1, elementwise=True, shape=(1, 515, 1, 1, 2)),  # and of groups and rows
+    Case(groups=37, shape=(1, 2, 2, 3, 37)),
+    Case(weight=None),
+    Case(bias=None),
+    Case(weight=None, bias=None, groups=3),
+    Case(weight="constant"),
+    Case(weight="constant", bias="constant", turning=False),
+    Case(moving=False),
+    Case(turning=False, activation="relu"),
+]
+
+
+def name(case):
+    return told(case, dataclasses.fields(case))
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_values_gradients_and_tangents(case):
+    inputs = make(case)
+    expected, expected_t = derived(case.formula, *inputs)
+    found, found_t = kernels(case, *inputs)
+    compare(found, expected)
+    compare(found_t, expected_t)
+    compare(kernels(case, *inputs, plain=True)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "case, function",
+    [
+        (Case(1, True, "none"), lambda x, weight, bias: F.layer_norm(x, x.shape[1:], weight, bias, EPS)),
+        (Case(3, False, "none"), lambda x, weight, bias: F.group_norm(x, 3, weight, bias, EPS)),
+        (Case(6, False, "none"), lambda x, weight, bias: F.instance_norm(x, None, None, weight, bias, eps=EPS)),
+    ],
+    ids=["layer", "group", "instance"],
+)
+def test_is_the_norm_of_pytorch(case, function):
+    x, weight, bias, dz = make(case)
+    found = kernels(case, x, weight, bias, dz, plain=True)[0]["z"]
+    for t, images in enumerate(x[0].movedim(-1, 2)):
+        shape = (*case.shape[2:],) if case.elementwise else (case.shape[4],)
+        affine = [p[0][t].view(shape).movedim(-1, 0) for p in (weight, bias)]
+        torch.testing.assert_close(found[t], function(images, *affine).movedim(1, -1), rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_is_added_or_left_out():
+    case = Case()
+    inputs, before = make(case), pair(*case.shape, dtype=case.dtype)
+    alone, added = kernels(case, *inputs), kernels(case, *inputs, accumulate=before)
+    for part in range(2):
+        torch.testing.assert_close(added[part].pop("x"), alone[part].pop("x") + before[part], rtol=1e-14, atol=1e-14)
+        for others in (added, kernels(case, *inputs, with_dx=False)):
+            assert others[part].keys() == alone[part].keys()
+            assert all(torch.equal(others[part][name], alone[part][name]) for name in alone[part])
+
+
+@pytest.mark.parametrize("case", [Case(shape=(2, 3, 9, 8, 6)), Case(1, True, "softplus", (2, 9, 1, 1, 70))], ids=name)
+def test_float32(case):
+    """No further from the truth than twice what PyTorch is."""
+    case.dtype = torch.float32
+    inputs = list(make(case))
+    inputs[0] = (inputs[0][0] + 20, inputs[0][1])  # a mean that swallows digits
+    eager = derived(case.formula, *inputs, torch.float32)
+    for found, eager, expected in zip(kernels(case, *inputs), eager, derived(case.formula, *inputs)):
+        for name, value in found.items():
+            error, limit = (relative_error(v.view_as(expected[name]), expected[name]) for v in (value, eager[name]))
+            assert error <= 2 * limit, name
+
+
+@pytest.mark.parametrize("wrong", [{"groups": 3}, {"activation": "softplus"}], ids=str)
+def test_comparison_sees_a_wrong_term(wrong):
+    case = Case()
+    inputs = make(case)
+    for results, expected in zip(kernels(case, *inputs), derived(dataclasses.replace(case, **wrong).formula, *inputs)):
+        for name in results:
+            with pytest.raises(AssertionError):
+                compare({name: results[name]}, expected, 1e-6)
+    assert norm.splits(Case(shape=(1, 515, 1, 1, 2)).kernel(), 1, 515) > 1  # and sums have several parts somewhere
