@@ -25,8 +25,10 @@ def load(pointers, offsets, mask, dtype: tl.constexpr):
 
 @triton.jit
 def advance(pointers, by):
-    """Pointers to what lies further on, so that offsets from there are small."""
-    if len(pointers) == 1:
+    """Pointers to what lies further on, so that offsets from there are small; nothing (None) stays."""
+    if pointers is None:
+        return None
+    elif len(pointers) == 1:
         return (pointers[0] + by,)
     else:
         return (pointers[0] + by, pointers[1] + by)
@@ -38,6 +40,14 @@ def store(pointers, offsets, x, mask):
     tl.store(pointers[0] + offsets, x[0], mask)
     if len(pointers) == 2:
         tl.store(pointers[1] + offsets, tangent(x), mask)
+
+
+@triton.jit
+def put(pointers, offsets, x, mask, ACCUMULATE: tl.constexpr):
+    """Store, or add to what is there."""
+    if ACCUMULATE:
+        x = add(load(pointers, offsets, mask, x[0].dtype), x)
+    store(pointers, offsets, x, mask)
 
 
 @triton.jit
