@@ -24,12 +24,13 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """Without the cancellation of 1 - 2 / (exp(2 x) + 1) near 0: there, by the odd series."""
+    """With its derivative: near 0 1 - exp(-2 x) would cancel (hence the odd series), far from it 1 - tanh(x)^2."""
     square = x * x
     series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.03, series, tl.where(x < 0, -far, far))
+    slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    return tl.where(tl.abs(x) < 0.03, series, tl.where(x < 0, -far, far)), slope
 
 
 @triton.jit
@@ -66,8 +67,7 @@ def jet(x, a: tl.constexpr, b: tl.constexpr, KIND: tl.constexpr):
         return x * cdf, cdf + x * density, density * (2.0 - x * x)
     elif KIND == GELU_TANH:
         root, cubic = 0.79788456080286535588, 0.044715
-        t = tanh(root * (x + cubic * x * x * x))
-        rest = 1.0 - t * t
+        t, rest = tanh(root * (x + cubic * x * x * x))
         u = root * (1.0 + 3.0 * cubic * x * x)
         second = rest * (u + 0.5 * x * (6.0 * root * cubic * x - 2.0 * t * u * u))
         return 0.5 * x * (1.0 + t), 0.5 * ((1.0 + t) + x * rest * u), second
@@ -85,8 +85,7 @@ def jet(x, a: tl.constexpr, b: tl.constexpr, KIND: tl.constexpr):
             tl.where(linear, zero, a * s * (1.0 - s)),
         )
     elif KIND == TANH:
-        t = tanh(x)
-        first = 1.0 - t * t
+        t, first = tanh(x)
         return t, first, -2.0 * t * first
     elif KIND == SIGMOID:
         s = sigmoid(x)
