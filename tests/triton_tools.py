@@ -21,3 +21,56 @@ def guarded(*shape, dtype=torch.float64, fill=float("nan")):
         return bool((memory[:guard] == 12345.0).all() and (memory[guard + extent :] == 12345.0).all())
 
     return memory[guard : guard + extent].view(shape), untouched
+
+
+def both_ways(f, inputs, inputs_t, dz, dz_t):
+    """z = f(*inputs) and the gradients at the inputs, each with its tangent."""
+
+    def pull(*arguments):
+        return torch.func.vjp(f, *arguments[:-1])[1](arguments[-1])
+
+    z = torch.func.jvp(f, inputs, inputs_t)
+    return [z, *zip(*torch.func.jvp(pull, (*inputs, dz), (*inputs_t, dz_t)))]
+
+
+def check_layer(f, inputs, forward, backward, moving=None):
+    """A layer without parameters against the formula f, in value, gradient and both their tangents.
+
+    ``forward(*numbers, z)``, and ``backward(*numbers, z, dz, *to, accumulate)`` where ``to`` are the numbers of the
+    gradients at the inputs. ``moving`` says which inputs have a tangent in the pass that has any.
+    """
+    moving = moving or [True] * len(inputs)
+    directions = [torch.randn_like(x) if moves else torch.zeros_like(x) for x, moves in zip(inputs, moving)]
+    shape = f(*inputs).shape
+    given = [*inputs, *directions, *(torch.randn(shape, dtype=torch.float64, device=device) for _ in range(2))]
+    given = [t.float().double() for t in given]
+    n = len(inputs)
+    for dtype in (torch.float64, torch.float32):
+        x, x_t, (dz, dz_t) = ([t.to(dtype) for t in part] for part in (given[:n], given[n : 2 * n], given[2 * n :]))
+        exact = both_ways(f, tuple(given[:n]), tuple(given[n : 2 * n]), *given[2 * n :])
+        eager = both_ways(f, tuple(x), tuple(x_t), dz, dz_t)
+        for parts in (1, 2):
+            for accumulate in (False, True):
+                numbers = [(a, b)[: parts if moves else 1] for a, b, moves in zip(x, x_t, moving)]
+                made = [[guarded(*t.shape, dtype=dtype) for _ in range(parts)] for t in (dz, *x)]
+                z, *to = results = [tuple(tensor for tensor, _ in number) for number in made]
+                forward(*numbers, z)
+                for number in to if accumulate else ():
+                    for tensor in number:
+                        tensor.fill_(3.0)
+                backward(*numbers, z, (dz, dz_t)[:parts], *to, accumulate)
+                assert all(untouched() for number in made for _, untouched in number)
+                for i, found in enumerate(results):
+                    for mine, theirs, truth in zip(found, eager[i], exact[i]):
+                        mine = mine.double() - (3.0 if accumulate and i > 0 else 0.0)
+                        size = truth.abs().max() + 3.0
+                        allowed = 2 * (theirs - truth).abs().max() + 2e-7 * size
+                        allowed = 1e-13 * size if dtype == torch.float64 else allowed
+                        assert (mine - truth).abs().max() <= allowed, (
+                            dtype,
+                            parts,
+                            accumulate,
+                            i,
+                            (mine - truth).abs().max(),
+                            allowed,
+                        )
