@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from . import losses, recognise
 from .fingerprint import Fingerprint
-from .ops import engine, library
-from .program import ABSENT, Kind, LossKind, Network
+from .ops import cuda, engine, library
+from .program import ABSENT, Kind, LossKind, Network, Precision
 from .stateless import Layout
 
 BACKENDS = ("auto", "compiled", "torch")
@@ -28,6 +28,11 @@ _KINDS = {
     "mse": LossKind.MSE,
     "huber": LossKind.HUBER,
     "bce_with_logits": LossKind.BINARY,
+}
+_PRECISIONS = {
+    torch.float32: Precision.FULL,
+    torch.bfloat16: Precision.BFLOAT16,
+    torch.float16: Precision.FLOAT16,
 }
 
 
@@ -40,6 +45,8 @@ class Compiled:
     numbers: list[float]
     sources: tuple[Tensor, ...]
     loss: losses.Loss | None
+    engine: str = "cpu"  # or "cuda", "triton"
+    passed_over: str = ""  # why not the CUDA kernels, where these come first
 
     @property
     def constants(self) -> Tensor | None:
@@ -91,8 +98,8 @@ def unfit(theta: Tensor) -> str | None:
         return f"there is no compiled engine: {library.ABSENT}"
     if theta.device.type not in ("cpu", "cuda"):
         return f"there are compiled engines for the CPU and CUDA only, the parameters are on {theta.device}"
-    if theta.is_cuda and library.cuda_absent():
-        return f"there are no CUDA kernels: {library.cuda_absent()}"
+    if theta.is_cuda and cuda.absent():
+        return f"there are no CUDA kernels: {cuda.absent()}"
     if theta.dtype not in (torch.float32, torch.float64):
         return f"the compiled engine computes in float32 and float64, the parameters are {theta.dtype}"
     return transformed(theta.device)
@@ -103,9 +110,17 @@ def transformed(device: torch.device) -> str | None:
         return "a torch.func transform is active: the reference differentiates and batches inside it"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is active, which the reference has"
-    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
+    if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         return "autocast is on, the compiled engine computes in the parameters' dtype"
     return None
+
+
+def precision(device: torch.device) -> Precision:
+    """The least in which products may be computed: what autocast says, and on CUDA devices TF32 where it is allowed."""
+    if torch.is_autocast_enabled(device.type):
+        return _PRECISIONS[torch.get_autocast_dtype(device.type)]
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return Precision.TF32 if tf32 else Precision.FULL
 
 
 def choose(module: nn.Module, layout: Layout, theta: Tensor, x, y, loss, backend: str) -> Compiled | str:
@@ -124,22 +139,21 @@ def choose(module: nn.Module, layout: Layout, theta: Tensor, x, y, loss, backend
         return f"not a network the compiled engine knows: {network}"
     if network.fewest_positions * x.shape[1] == 1:
         return "one value a channel has no batch statistics"
-    call = _with_loss(network, loss, y)
-    if theta.is_cuda and isinstance(call, Compiled):
-        misfit = cuda_misfit(call, theta.element_size(), _ops.cuda_shared_memory(theta.device.index))
-        if misfit:
-            return f"not a network that the CUDA kernels run: {misfit}"
-    return call
+    call = _with_loss(network, loss, y, precision(theta.device))
+    return _placed(call, theta) if theta.is_cuda and isinstance(call, Compiled) else call
 
 
-def cuda_misfit(call: Compiled, element_size: int, shared_memory: int) -> str:
-    """Why the CUDA kernels cannot run a call where blocks have so many bytes of shared memory; "" if they can."""
-    return _ops.cuda_misfit(call.program, call.numbers, element_size, shared_memory)
+def _placed(call: Compiled, theta: Tensor) -> Compiled | str:
+    """The call with its engine: the CUDA kernels where a task fits a thread block, else the Triton engine."""
+    misfit = cuda.misfit(call.program, call.numbers, theta.element_size(), theta.device.index, _ops)
+    if misfit and cuda.triton_absent():
+        return f"not a network that the CUDA kernels run: {misfit}; and there is no Triton engine: {cuda.triton_absent()}"
+    return replace(call, engine="triton" if misfit else "cuda", passed_over=misfit)
 
 
-def _with_loss(network: Network, loss, y) -> Compiled | str:
+def _with_loss(network: Network, loss, y, precision: Precision) -> Compiled | str:
     if loss is None:
-        ints, numbers, found, sources = [LossKind.NONE, 0, ABSENT, 0], [0.0, 0.0], None, ()
+        ints, numbers, found, sources = [LossKind.NONE, 0, ABSENT, precision], [0.0, 0.0], None, ()
     else:
         found = losses.recognise(loss)
         if found is None:
@@ -159,7 +173,7 @@ def _with_loss(network: Network, loss, y) -> Compiled | str:
                 sources = (found.class_weight,)
                 weights = -(network.program[2] + 2)
         parameter = found.delta if kind == LossKind.HUBER else found.smoothing
-        ints, numbers = [int(kind), found.ignore_index, weights, 0], [parameter, 0.0]
+        ints, numbers = [kind, found.ignore_index, weights, precision], [parameter, 0.0]
     program = list(network.program)
     program[2] += sum(s.numel() for s in sources)
     return Compiled(
@@ -394,6 +408,9 @@ def describe(call: Compiled) -> list[str]:
 
 def caveats(call: Compiled) -> list[str]:
     """What of a call the engine runs, but not as fast as it could."""
+    found = [f"not a network that the CUDA kernels run: {call.passed_over}"] if call.passed_over else []
+    if call.engine == "triton":
+        return found
     layers = [call.network.layer(j) for j in range(call.network.layers)]
     groups = [layer[3 + 11] for layer in layers if layer[0] == Kind.CONTRACT and layer[3 + 11] > 1]
-    return [f"a convolution in {g} groups runs as a full one with zeros, {g} times the work" for g in groups]
+    return found + [f"a convolution in {g} groups runs as a full one with zeros, {g} times the work" for g in groups]

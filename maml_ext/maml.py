@@ -17,6 +17,14 @@ from .stateless import Layout
 REDUCTIONS = ("none", "mean")
 
 
+# How tasks run, and their Hessian-vector products, by each compiled engine.
+_HOW = {
+    "cpu": ("shared out over threads", "tangents of values and gradients, layer by layer"),
+    "cuda": ("a thread block each, the whole inner loop in one launch", "values and tangents in one pass"),
+    "triton": ("all at once, layer by layer", "values and tangents in one pass"),
+}
+
+
 class MAML(nn.Module):
     """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017) of the parameters of ``module``.
 
@@ -124,13 +132,8 @@ class MAML(nn.Module):
         )
         kept = self.steps * tasks * layout.size * theta.element_size()
         if isinstance(engine, compiled.Compiled):
-            reasons = compiled.caveats(engine)
-            if theta.is_cuda:
-                name, how = "cuda", "a thread block each, the whole inner loop in one launch"
-                way = "values and tangents in one pass"
-            else:
-                name, how = "cpu", "shared out over threads"
-                way = "tangents of values and gradients, layer by layer"
+            name, reasons = engine.engine, compiled.caveats(engine)
+            how, way = _HOW[name]
             program = [f"layer {line}" for line in compiled.describe(engine)]
         else:
             chosen = plan(self.module, layout, theta, support_x, support_y, self.loss, SUPPORT)

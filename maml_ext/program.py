@@ -2,7 +2,7 @@
 
 Integers: ``[1, P, Q, c, h, w, L]`` (version, sizes of theta and of the constants, shape of a sample, number of
 layers), then 17 for each layer, ``[kind, input, second or -1, attributes ...]``, then 4 for the loss, ``[kind,
-ignore_index, class weights, 0]``. Numbers: two for each layer and two for the loss. Value 0 is the input, layer j
+ignore_index, class weights, precision]``. Numbers: two for each layer and two for the loss. Value 0 is the input, layer j
 computes value j + 1, the last is the prediction; a value is (channels, height, width), a vector (features, 1, 1).
 A parameter is an offset in theta, -1 if absent, or -(offset + 2) in the constants: running statistics, frozen
 parameters and class weights, which are read anew at every call. Orders and meanings are PyTorch's.
@@ -17,6 +17,9 @@ Attributes by kind (numbers in braces):
     RESHAPE     channels, height, width
     COMBINE     0: {a} x + {b} y, or {a} x + {b} without a second input; 1: x y
     SOFTMAX     1 for its logarithm
+
+The precision is the least in which products may be computed, an engine may do better. Sums, parameters and everything
+that is stored are in theta's dtype whatever it is.
 """
 
 from __future__ import annotations
@@ -41,6 +44,10 @@ class Statistics(IntEnum):
 
 class Activation(IntEnum):
     RELU, LEAKY_RELU, ELU, GELU, GELU_TANH, SILU, SOFTPLUS, TANH, SIGMOID, SIN = range(10)
+
+
+class Precision(IntEnum):
+    FULL, TF32, BFLOAT16, FLOAT16 = range(4)
 
 
 class LossKind(IntEnum):

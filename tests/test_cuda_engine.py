@@ -377,7 +377,7 @@ def test_reasons(module, shape, reason, emulated):
     with pytest.raises(RuntimeError, match=reason):
         maml_ext.network(module, theta, x, backend="compiled")
     call = compiled.choose(module, maml_ext.stateless.Layout(module), theta, x, None, None, "compiled")
-    assert reason.split(" .*")[0] in compiled.cuda_misfit(call, 8, 227 * 1024)
+    assert reason.split(" .*")[0] in compiled._ops.cuda_misfit(call.program, call.numbers, 8, 227 * 1024)
 
 
 @pytest.mark.parametrize("kibibytes, fits", [(27, False), (48, True), (227, True)])
@@ -387,7 +387,7 @@ def test_the_sizing_is_what_runs(kibibytes, fits, kernels):
     theta = maml_ext.flatten(module).detach()
     lr = torch.tensor(0.01, requires_grad=True)
     call = compiled.choose(module, maml_ext.stateless.Layout(module), theta, *batch[:2], "mse", "compiled")
-    assert (compiled.cuda_misfit(call, 4, kibibytes * 1024) == "") == fits
+    assert (compiled._ops.cuda_misfit(call.program, call.numbers, 4, kibibytes * 1024) == "") == fits
     kernels.shared_memory(kibibytes * 1024)
     if fits:
         results(module, batch, "compiled", lr=lr)

@@ -1,5 +1,5 @@
-// The CUDA engine behind torch.ops.maml_ext. The one registered entry for CUDA tensors: where a network does not fit
-// the kernels it says why.
+// The CUDA engine, under private names: maml_ext/ops/engine.py has the one entry for CUDA tensors, which chooses.
+// Where a network does not fit the kernels these say why.
 #include <torch/csrc/stable/accelerator.h>
 
 #include "run.h"
@@ -25,7 +25,7 @@ struct Cuda {
 }  // namespace
 }  // namespace maml_ext
 
-STABLE_TORCH_LIBRARY_IMPL(maml_ext, CUDA, m) { maml_ext::Operators<maml_ext::Cuda>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(maml_ext, CUDA, m) { maml_ext::Operators<maml_ext::Cuda>::implement(m, "cuda_"); }
 
 STABLE_TORCH_LIBRARY_IMPL(maml_ext, CompositeExplicitAutograd, m) {
   m.impl("cuda_misfit", TORCH_BOX(&maml_ext::cuda::misfit));

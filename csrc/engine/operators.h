@@ -374,16 +374,17 @@ struct Operators {
     });
   }
 
+  // Under names that begin with `prefix`.
   template <class Library>
-  static void implement(Library& m) {
-    m.impl("predict", TORCH_BOX(&Operators::predict));
-    m.impl("pull", TORCH_BOX(&Operators::pull));
-    m.impl("pull_tangent", TORCH_BOX(&Operators::pull_tangent));
-    m.impl("score", TORCH_BOX(&Operators::score));
-    m.impl("score_tangent", TORCH_BOX(&Operators::score_tangent));
-    m.impl("adapt", TORCH_BOX(&Operators::adapt));
-    m.impl("adjoint", TORCH_BOX(&Operators::adjoint));
-    m.impl("meta", TORCH_BOX(&Operators::meta));
+  static void implement(Library& m, const std::string& prefix = "") {
+    m.impl((prefix + "predict").c_str(), TORCH_BOX(&Operators::predict));
+    m.impl((prefix + "pull").c_str(), TORCH_BOX(&Operators::pull));
+    m.impl((prefix + "pull_tangent").c_str(), TORCH_BOX(&Operators::pull_tangent));
+    m.impl((prefix + "score").c_str(), TORCH_BOX(&Operators::score));
+    m.impl((prefix + "score_tangent").c_str(), TORCH_BOX(&Operators::score_tangent));
+    m.impl((prefix + "adapt").c_str(), TORCH_BOX(&Operators::adapt));
+    m.impl((prefix + "adjoint").c_str(), TORCH_BOX(&Operators::adjoint));
+    m.impl((prefix + "meta").c_str(), TORCH_BOX(&Operators::meta));
   }
 };
 

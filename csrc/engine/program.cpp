@@ -196,6 +196,7 @@ void Builder::parse_layer(const int64_t* p, const double* numbers) {
 
 void Builder::parse_loss(const int64_t* p, const double* numbers) {
   Loss& loss = network.loss;
+  require(p[3] >= 0 && p[3] <= 3, "precision: expected 0 to 3, got ", p[3]);
   require(p[0] >= kNoLoss && p[0] <= kBinary, "loss: expected -1 to ", int(kBinary), ", got ", p[0]);
   loss = {LossKind(p[0]), p[1], -1, numbers[0]};
   if (loss.kind == kLabels || loss.kind == kSoftLabels) {

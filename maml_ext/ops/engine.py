@@ -24,7 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import library
+from . import cuda, library
 
 library.declare("vector_bytes() -> int")
 library.declare("cuda_misfit(int[] program, float[] numbers, int element_size, int shared_memory) -> str")
@@ -129,16 +129,18 @@ def _loop(name: str) -> Callable:
 
 def _define(name: str, arguments: str, fake: Callable, rule: Callable) -> None:
     def formula(*_):
-        why = library.ABSENT or f"nor on others: {library.cuda_absent() or 'all tensors must be on one device'}"
+        why = library.ABSENT or "all tensors must be on one such device"
         raise RuntimeError(f"maml_ext::{name} runs on CPU and CUDA tensors of the compiled package: {why}")
 
+    schema = f"({_PROGRAM}, {arguments}) -> Tensor[]"
     library.define(
-        f"{name}({_PROGRAM}, {arguments}) -> Tensor[]",
+        f"{name}{schema}",
         formula=formula,
         fake=fake,
         autograd=_autograd(name, rule),
         vmap=_loop(name),
     )
+    cuda.define(name, schema, fake)
 
 
 def _wanted(flag, like: Tensor, *shape) -> Tensor:

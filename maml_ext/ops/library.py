@@ -44,9 +44,16 @@ def warn_if_absent() -> None:
         warnings.warn(f"the compiled engines are absent, PyTorch formulas stand in: {ABSENT}", stacklevel=3)
 
 
-def declare(schema: str) -> None:
-    """An operator of the binary alone, which computes nothing and has no derivative."""
+def declare(schema: str, fake: Callable | None = None) -> None:
+    """An operator without a derivative, and without a formula: what there is of it is implemented elsewhere."""
     _library.define(schema)
+    if fake is not None:
+        torch.library.register_fake(f"maml_ext::{schema.split('(')[0]}", fake, lib=_library)
+
+
+def implement(name: str, function: Callable, key: str) -> None:
+    """An operator's implementation in Python for one dispatch key."""
+    _library.impl(name, function, key)
 
 
 def define(schema: str, *, formula: Callable, fake: Callable, autograd: Callable, vmap: Callable) -> Callable:
