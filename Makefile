@@ -8,12 +8,13 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(or $(MAML_EXT_BUILD),auto)
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: help install test sanitize cuda-resources cuda-check demo benchmark doctor wheel clean
+.PHONY: help install test sanitize cuda-resources triton-resources cuda-check demo benchmark doctor wheel clean
 
 help:
 	@echo "make install | test | sanitize | demo | benchmark | doctor | wheel | clean      (ARGS='...' is passed on)"
 	@echo "make test ARGS='-m thorough'      (what compiles kernels many times over; '-m gpu': on a CUDA device)"
 	@echo "make cuda-resources | cuda-check      (need nvcc, and no GPU)"
+	@echo "make triton-resources                 (needs triton, and no GPU)"
 
 install: $(STAMP)
 
@@ -46,6 +47,10 @@ sanitize: install
 # The table of what every CUDA kernel needs, csrc/cuda/resources.txt. Needs nvcc, and no GPU.
 cuda-resources: install
 	$(PY) tests/cuda_resources.py
+
+# Likewise of the Triton kernels, kernels/resources.txt. Needs no nvcc either.
+triton-resources: install
+	$(PY) tests/triton_aot.py
 
 # The CUDA build that is installed here as a wheel, beside CUDA builds of torch: the newest and the oldest supported,
 # gigabytes each. Needs no GPU.

@@ -101,7 +101,14 @@ def _rate(rates, element, mask, PER_PARAMETER: tl.constexpr):
         return tl.load(rates)
 
 
-@triton.jit
+# Nothing is gained by kernels of their own for these.
+_specialised = triton.jit(
+    do_not_specialize=["blocks", "tasks", "parameters", "theta_stride", "to_rates_stride"],
+    do_not_specialize_on_alignment=["rates", "to_rates"],
+)
+
+
+@_specialised
 def _gather(table, partials, blocks, tasks, parameters, out, rates, direction, PER_PARAMETER: tl.constexpr):
     task, block, row, element, mask = _locate(table, blocks)
     gradient = _gradient(partials, row, task, tasks, mask)
@@ -111,7 +118,7 @@ def _gather(table, partials, blocks, tasks, parameters, out, rates, direction, P
         tl.store(direction + task * parameters + element, rate * gradient[0], mask)
 
 
-@triton.jit
+@_specialised
 def _step(
     table, partials, blocks, tasks, parameters, theta, theta_stride, rates, following, PER_PARAMETER: tl.constexpr
 ):  # fmt: skip
@@ -121,7 +128,7 @@ def _step(
     store(following, task * parameters + element, subtract(before, change), mask)
 
 
-@triton.jit
+@_specialised
 def _adjoint(
     table, partials, blocks, tasks, parameters, incoming, outgoing, cotangent, rates, direction, to_rates,
     to_rates_stride, PER_PARAMETER: tl.constexpr, SECOND_ORDER: tl.constexpr, EACH: tl.constexpr,

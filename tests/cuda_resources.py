@@ -14,9 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import resource_table
+from resource_table import ARCHITECTURES, short
+
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "csrc" / "cuda" / "resources.txt"
-ARCHITECTURES = ("8.0", "9.0", "10.0")
 
 
 def setup_script():
@@ -119,27 +121,20 @@ def compile_all(architecture: str) -> dict[str, Compiled]:
         return dict(zip((f.name for f in files), pool.map(lambda source: compile_one(source, architecture), files)))
 
 
-def short(architecture: str) -> str:
-    return "sm_" + architecture.replace(".", "")
-
-
 def read_table() -> tuple[str, dict[tuple[str, str, str], Resources]]:
     """nvcc's version, and resources by file, kernel and architecture."""
-    first, _, *lines = TABLE.read_text().splitlines()
-    rows = [line.split() for line in lines]
-    return first.split()[-1], {tuple(row[:3]): Resources(*map(int, row[3:])) for row in rows}
+    return resource_table.read(TABLE)
 
 
 def write_table() -> None:
-    rows = [("file", "kernel", "architecture", *Resources._fields)]
-    for architecture in ARCHITECTURES:
-        for file, compiled in compile_all(architecture).items():
-            rows += [(file, kernel, short(architecture), *r) for kernel, r in compiled.resources.items()]
-    rows = [rows[0], *sorted(rows[1:], key=lambda row: (*row[:2], len(row[2]), row[2]))]
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    version = setup_script().Nvcc.find().version
-    TABLE.write_text("\n".join([f"by `make cuda-resources`, with nvcc {version}", *lines]) + "\n")
+    found = {
+        (file, kernel, short(architecture)): resources
+        for architecture in ARCHITECTURES
+        for file, compiled in compile_all(architecture).items()
+        for kernel, resources in compiled.resources.items()
+    }
+    origin = f"by `make cuda-resources`, with nvcc {setup_script().Nvcc.find().version}"
+    resource_table.write(TABLE, origin, ("file", "kernel"), found)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,15 @@ import functools
 
 import cuda_resources
 import pytest
-from cuda_resources import compile_one, generic_accesses, read_table, short, uses_shared_memory
+from cuda_resources import compile_one, generic_accesses, read_table, uses_shared_memory
+from resource_table import ARCHITECTURES, more_than, short
 
 NVCC = cuda_resources.setup_script().Nvcc.find()
 pytestmark = [
     pytest.mark.thorough,
     pytest.mark.skipif(NVCC is None, reason="there is no nvcc: set CUDA_HOME to have CUDA kernels compiled"),
 ]
-each_architecture = pytest.mark.parametrize("architecture", cuda_resources.ARCHITECTURES, ids=short)
+each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=short)
 
 
 @functools.cache
@@ -31,12 +32,13 @@ def test_kernels_need_no_more_than_recorded(architecture):
     version, table = read_table()
     if version != NVCC.version:
         pytest.skip(f"resources.txt is of nvcc {version}, here is {NVCC.version}")
-    recorded = {row[:2]: resources for row, resources in table.items() if row[2] == short(architecture)}
-    assert set(recorded) == set(kernels(architecture)), "make cuda-resources"
-    for file, kernel in kernels(architecture):
-        found = compiled(architecture)[file].resources[kernel]
-        for name, most in recorded[file, kernel]._asdict().items():
-            assert getattr(found, name) <= most, (file, kernel, name)
+    recorded = {row: resources for row, resources in table.items() if row[2] == short(architecture)}
+    found = {
+        (file, kernel, short(architecture)): compiled(architecture)[file].resources[kernel]
+        for file, kernel in kernels(architecture)
+    }
+    assert set(recorded) == set(found), "make cuda-resources"
+    assert not more_than(recorded, found)
 
 
 @each_architecture

@@ -1,0 +1,209 @@
+"""What ptxas makes of the Triton kernels that workloads launch: registers, stack, shared memory.
+
+``python tests/triton_aot.py`` (`make triton-resources`) writes the table that tests/test_triton_build.py holds kernels
+to. Workloads run without a GPU: their launches are recorded instead of made, and each kernel is compiled for what
+Triton's JIT would have made of the arguments. TRITON_INTERPRET has to be unset: interpreted kernels can't be compiled.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import resource_table
+import torch
+import triton
+import triton.language as tl
+from maml_ext.kernels import sgd, statistics, update
+from maml_ext.kernels.geometry import Statistics
+from maml_ext.kernels.launch import Launch, launch, watched
+from resource_table import ARCHITECTURES
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+TABLE = Path(__file__).parent.parent / "kernels" / "resources.txt"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+NAMES = ("kernel", "dtype", "precision", "tangents")
+
+
+class Resources(NamedTuple):
+    """Of a kernel: registers a thread, then bytes. Registers that do not suffice are spilled to the stack."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+class Specialised(NamedTuple):
+    """A launch as Triton's JIT sees it: two that agree are one kernel."""
+
+    kernel: object
+    signature: dict
+    constants: dict
+    attributes: dict
+    options: object
+    target: GPUTarget
+
+    @classmethod
+    def of(cls, launch: Launch, architecture: str) -> Specialised:
+        target = GPUTarget("cuda", int(architecture.replace(".", "")), 32)
+        backend, kernel = make_backend(target), launch.kernel
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialisation, _ = bind(*launch.arguments, **launch.constants)
+        options, signature, constants, attributes = kernel._pack_args(
+            backend, dict(launch.constants), bound, specialisation, None
+        )
+        return cls(kernel, signature, constants, attributes, options, target)
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.__module__.split('.')[-1]}.{self.kernel.__name__}"
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """What the table tells apart: the most that kernels of a row need is recorded."""
+        values = {self.kernel.params[path[0]].name: value for path, value in self.constants.items() if len(path) == 1}
+        types = [v for v in values.values() if isinstance(v, tl.dtype)] + list(flat(self.signature.values()))
+        dtype = next(name for name in map(str, types) if "fp32" in name or "fp64" in name).strip("*")
+        tangents = any(isinstance(argument, tuple) and len(argument) == 2 for argument in self.signature.values())
+        return self.name, dtype, values.get("PRECISION", "-"), "yes" if tangents else "no", f"sm_{self.target.arch}"
+
+    def compile(self) -> Resources:
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        compiled = triton.compile(source, target=self.target, options=self.options.__dict__)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(compiled.asm["cubin"])
+            command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = dict(word.split(":") for word in output.splitlines()[-1].split())
+        return Resources(int(found["REG"]), int(found["STACK"]), compiled.metadata.shared)
+
+
+def flat(items):
+    for item in items:
+        if isinstance(item, tuple):
+            yield from flat(item)
+        else:
+            yield item
+
+
+def kernels(workloads: list[Callable[[], None]]) -> list[Specialised]:
+    """The different ones."""
+    found = {}
+
+    def watch(launch):
+        for architecture in ARCHITECTURES:
+            kernel = Specialised.of(launch, architecture)
+            found.setdefault((kernel.name, *map(str, kernel[1:])), kernel)
+        return False
+
+    with watched(watch):
+        for run in workloads:
+            run()
+    return list(found.values())
+
+
+_kernels: list[Specialised]  # of the processes that compile, which are forks
+
+
+def compile_one(i: int) -> Resources:
+    try:
+        return _kernels[i].compile()
+    except Exception as error:
+        raise RuntimeError(f"{' '.join(_kernels[i].row)} {_kernels[i]}: {error}") from error
+
+
+def compile_all(kernels: list[Specialised]) -> dict[tuple[str, ...], Resources]:
+    global _kernels
+    _kernels = kernels
+    found = {}
+    with multiprocessing.get_context("fork").Pool(min(os.cpu_count(), 8)) as pool:
+        for kernel, resources in zip(kernels, pool.imap(compile_one, range(len(kernels)))):
+            found[kernel.row] = Resources(*map(max, resources, found.get(kernel.row, resources)))
+    return found
+
+
+# What is launched. Nothing is computed, and no memory is touched.
+
+
+def passes(dtype: torch.dtype) -> None:
+    """Over vectors of parameters, the Ps of omni_conv and of mlp_omni, with the rates that there are."""
+    for parameters in (112_005, 243_845):
+        tasks, steps = 4, 5
+        table = update.Table.of([update.Slot(0, parameters, 0, 32)], "cpu")
+        partials = tuple(torch.empty(2, 32 * tasks * parameters, dtype=dtype))
+        vector, cotangent, direction = torch.empty(3, tasks, parameters, dtype=dtype)
+        update.gather(table, partials[:1], (vector,))
+        update.gather(table, partials, (vector, vector))
+        for count in (1, parameters):
+            rates = torch.empty(steps, count, dtype=dtype)
+            to_rates = torch.empty(tasks, steps, table.blocks if count == 1 else count, dtype=dtype)
+            update.gather(table, partials[:1], (vector,), rates=rates[-1], direction=direction)
+            for theta in (vector[0], vector):
+                update.step(table, partials[:1], (theta,), rates[0], (vector,))
+            for given in (None, cotangent):
+                for parts in (partials, partials[:1]):
+                    for to in (None, to_rates[:, 1]):
+                        for k in (0, 1):
+                            update.adjoint(
+                                table, parts, vector, vector, cotangent=given, to_rates=to, accumulate=False,
+                                rates=rates[0] if k else None, direction=direction if k else None,
+                            )  # fmt: skip
+
+
+def operators(dtype: torch.dtype) -> None:
+    tensors, rates = [torch.empty(3, 5, dtype=dtype)], [torch.empty((), dtype=dtype)]
+    for theta in (tensors, []):
+        sgd.update(theta, tensors, rates, [])
+    for to_grad in (True, False):
+        sgd.backward(tensors, tensors, rates, [], to_grad)
+
+
+def measurements(dtype: torch.dtype) -> None:
+    for tasks, samples, positions, channels in ((4, 5, 784, 64), (4, 75, 1, 64), (2, 75, 84 * 84, 32)):
+        shape = tasks, statistics.ranges(samples * positions)
+        x = tuple(torch.empty(2, tasks, samples, positions, channels, dtype=dtype))
+        count, mean = torch.empty(shape, dtype=dtype), tuple(torch.empty(2, *shape, channels, dtype=dtype))
+        for weight in (None, torch.empty(tasks, samples, dtype=dtype)):
+            for parts in (1, 2):
+                moments = Statistics(count, mean[:parts], mean[:parts])
+                statistics.measure(x[:parts], moments, weight, tasks, samples, positions, channels)
+
+
+WORKLOADS = [
+    lambda run=run, dtype=dtype: run(dtype)
+    for run in (passes, operators, measurements)
+    for dtype in (torch.float32, torch.float64)
+]
+
+
+@triton.jit
+def _spilled(x, steps):
+    """Of each thread 256 numbers that every step needs: one more than it has registers."""
+    at = tl.arange(0, 8192)
+    tile = tl.load(x + at)
+    for step in range(steps):
+        tile = tile * tile + tl.load(x + step)
+    tl.store(x + at, tile)
+
+
+def planted() -> None:
+    launch(_spilled, 1, torch.empty(1), 7, flops=0, moved=0, warps=1)
+
+
+def write(path: Path, workloads: list[Callable[[], None]]) -> None:
+    origin = f"by `make triton-resources`, with triton {triton.__version__}"
+    resource_table.write(path, origin, NAMES, compile_all(kernels(workloads)))
+
+
+if __name__ == "__main__":
+    path, *only = sys.argv[1:] or [TABLE]
+    write(Path(path), [planted] if only else WORKLOADS)
+    print(Path(path).read_text(), end="")
