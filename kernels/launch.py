@@ -35,6 +35,10 @@ def watched(watch: Callable[[Launch], bool]):
         _watch = before
 
 
+def is_watched() -> bool:
+    return _watch is not None
+
+
 def launch(kernel, programs: int, *arguments, flops: int, moved: int, warps: int = 4, stages: int = 2, **constants):
     """Run so many programs of a kernel, on one axis. Tuples of tensors are numbers, see ``numbers.py``."""
     constants |= {"num_warps": warps, "num_stages": stages}
