@@ -19,7 +19,7 @@ from torch import Tensor
 from maml_ext.program import LossKind
 
 from . import geometry as g
-from . import update
+from . import graphs, update
 from .executor import Frame, Pass, Workspace
 from .network import Network
 
@@ -415,7 +415,7 @@ PLANS = {
     "predict": Predict, "pull": Pull, "pull_tangent": PullTangent, "score": Score, "score_tangent": ScoreTangent,
     "adapt": Adapt, "adjoint": Adjoint, "meta": Meta,
 }  # fmt: skip
-_plans: OrderedDict[tuple, Plan] = OrderedDict()
+_plans: OrderedDict[tuple, tuple[Plan, graphs.Replayed]] = OrderedDict()
 _lock = threading.RLock()
 
 
@@ -440,13 +440,14 @@ def run(name: str, checked, program: Sequence[int], numbers: Sequence[float], *a
     key = (name, tuple(program), tuple(numbers), theta.dtype, device, stream, _kind(arguments))
     guard = torch.cuda.device(device) if theta.is_cuda else nullcontext()
     with _lock, torch.no_grad(), guard:
-        plan = _plans.pop(key, None)
-        if plan is None:
+        known = _plans.pop(key, None)
+        if known is None:
             plan = PLANS[name](Network(tuple(program), tuple(numbers)), *arguments)
-        _plans[key] = plan
+            known = plan, graphs.Replayed(plan.run, device)
+        plan, launches = _plans[key] = known
         while len(_plans) > KEPT:
             _plans.popitem(last=False)
         plan.take(*arguments)
-        plan.run()
+        launches()
         plan.give(*results)
     return results

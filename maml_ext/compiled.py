@@ -406,11 +406,14 @@ def describe(call: Compiled) -> list[str]:
     return [f"{j:3}  {text}" for j, text in enumerate(call.network.descriptions)]
 
 
-def caveats(call: Compiled) -> list[str]:
+def caveats(call: Compiled, device: torch.device) -> list[str]:
     """What of a call the engine runs, but not as fast as it could."""
     found = [f"not a network that the CUDA kernels run: {call.passed_over}"] if call.passed_over else []
     if call.engine == "triton":
-        return found
+        from maml_ext.kernels import graphs
+
+        unavailable = graphs.unavailable(device)
+        return found + ([f"no CUDA graphs: {unavailable}"] if unavailable else [])
     layers = [call.network.layer(j) for j in range(call.network.layers)]
     groups = [layer[3 + 11] for layer in layers if layer[0] == Kind.CONTRACT and layer[3 + 11] > 1]
     return found + [f"a convolution in {g} groups runs as a full one with zeros, {g} times the work" for g in groups]

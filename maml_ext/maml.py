@@ -132,7 +132,7 @@ class MAML(nn.Module):
         )
         kept = self.steps * tasks * layout.size * theta.element_size()
         if isinstance(engine, compiled.Compiled):
-            name, reasons = engine.engine, compiled.caveats(engine)
+            name, reasons = engine.engine, compiled.caveats(engine, theta.device)
             how, way = _HOW[name]
             program = [f"layer {line}" for line in compiled.describe(engine)]
         else:
