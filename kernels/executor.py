@@ -15,7 +15,7 @@ from maml_ext.program import Kind, Precision, Statistics
 
 from . import block, contract, elementwise, loss, norm, pool, softmax, statistics, update
 from . import geometry as g
-from .network import Layer, Network, Slot
+from .network import LARGEST, Layer, Network, Slot
 
 _PRECISIONS = {Precision.FULL: "ieee", Precision.TF32: "tf32", Precision.BFLOAT16: "bf16", Precision.FLOAT16: "fp16"}
 
@@ -33,6 +33,10 @@ class Frame:
         with_tangent = network.depending(x_t)
         with_gradient = network.depending(to_x)
         used = {0} | {v for layer in network.layers for v in (layer.out, layer.before) if v >= 0}
+
+        largest = samples * max(h * w * c for h, w, c in network.shapes)
+        if largest >= LARGEST:
+            raise RuntimeError(f"samples: expected values of less than {LARGEST} elements a task, got {largest}")
 
         def numbers(v: int, parts: int) -> g.Number:
             return tuple(like.new_empty(tasks, samples, *network.shapes[v]) for _ in range(parts))

@@ -21,6 +21,7 @@ from .activation import IDENTITY
 from .geometry import Activation, Window
 
 _NO_ACTIVATION = Activation(IDENTITY)
+LARGEST = 2**30  # elements of a task's value, positions a window may reach: kernels index these by 32 bits
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Network:
 
     def __init__(self, program: tuple[int, ...], numbers: tuple[float, ...]):
         self.parameters, self.constants, c, h, w, count = program[1:HEADER_INTS]
+        self._check("parameters", self.parameters + self.constants)
         self.shapes = [(h, w, c)]
         self.layers: list[Layer] = []
         for j in range(count):
@@ -108,6 +110,8 @@ class Network:
             out_c, kh, kw, sh, sw, top, bottom, left, right, dh, dw, groups, weight, bias, *_ = a
             out_h = (h + top + bottom - (kh - 1) * dh - 1) // sh + 1
             out_w = (w + left + right - (kw - 1) * dw - 1) // sw + 1
+            reach = h + top + bottom, w + left + right
+            self._check(f"layer {len(self.layers)}: its input with padding", max(reach))
             shape = (out_h, out_w, out_c)
             layer = replace(
                 layer,
@@ -126,12 +130,19 @@ class Network:
             layer = replace(layer, activation=Activation(a[0], *numbers))
         elif kind == Kind.POOL:
             shape = (a[9], a[10], c)
+            reach = (a[1] - 1) * a[7] + 2 * a[5] + h, (a[2] - 1) * a[8] + 2 * a[6] + w
+            self._check(f"layer {len(self.layers)}: what its window reaches", max(reach))
         elif kind == Kind.AVERAGE:
             shape = (a[0], a[1], c)
         elif kind == Kind.RESHAPE:
             shape = (a[1], a[2], a[0])
         self.shapes.append(shape)
         self.layers.append(layer)
+
+    @staticmethod
+    def _check(what: str, size: int) -> None:
+        if size >= LARGEST:
+            raise RuntimeError(f"program: {what}: expected less than {LARGEST} for the Triton engine, got {size}")
 
     def _drop_unread(self) -> None:
         live = {self.last}
