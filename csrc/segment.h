@@ -9,10 +9,11 @@ namespace maml_ext {
 // that every row shares. A flat [T, P] with a rate per tensor is n segments of T rows; a list is a segment a tensor.
 template <class scalar>
 struct Segment {
-  const scalar* first;  // theta (sgd_update; null: zeros) or cotangent (sgd_rate_gradient)
+  const scalar* first;  // theta (sgd_update; null: zeros) or the cotangent (sgd_update_backward)
   const scalar* grad;
   const scalar* lr;
-  scalar* out;  // sgd_update: laid out like grad; sgd_rate_gradient: like lr
+  scalar* out;       // laid out like grad: the updated theta, or grad's gradient (null where it is not wanted)
+  scalar* rate_out;  // like lr: its gradient (sgd_update: null)
   int64_t rows, size, pitch;
   bool per_parameter;
 

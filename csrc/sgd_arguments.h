@@ -1,4 +1,4 @@
-// The arguments of sgd_update and sgd_rate_gradient, checked and taken apart into segments: what the bindings of all
+// The arguments of sgd_update and sgd_update_backward, checked and taken apart into segments: what the bindings of all
 // devices share.
 #pragma once
 
@@ -59,32 +59,43 @@ inline void check(const char* name, const Tensors& first, const Tensors& grad, c
   }
 }
 
-// Tensor i as segments; results lie in `out`, which is like grad or like lr. Tensors are contiguous.
 template <class scalar>
-void add_segments(std::vector<Segment<scalar>>& segments, const Tensor* first, const Tensor& grad, const Tensor& lr,
-                  const Tensor& out, bool out_like_lr, const Sizes& sizes) {
-  const auto* f = first ? first->const_data_ptr<scalar>() : nullptr;
+scalar* data_of(const Tensors& tensors, size_t i) {
+  return tensors.empty() ? nullptr : tensors[i].mutable_data_ptr<scalar>();
+}
+
+template <class scalar>
+scalar* advanced(scalar* p, int64_t by) {
+  return p ? p + by : p;
+}
+
+// Tensor i as segments. Tensors are contiguous.
+template <class scalar>
+void add_segments(std::vector<Segment<scalar>>& segments, const Tensors& first, const Tensor& grad, const Tensor& lr,
+                  const Tensors& out, const Tensors& rate_out, size_t i, const Sizes& sizes) {
+  const scalar* f = first.empty() ? nullptr : first[i].const_data_ptr<scalar>();
   const auto* g = grad.const_data_ptr<scalar>();
   const auto* r = lr.const_data_ptr<scalar>();
-  auto* o = out.mutable_data_ptr<scalar>();
+  scalar *const o = data_of<scalar>(out, i), *const q = data_of<scalar>(rate_out, i);
   const int64_t elements = grad.numel();
   if (per_tensor(lr, grad, sizes)) {
     const int64_t pitch = grad.size(grad.dim() - 1), rows = pitch ? elements / pitch : 0;
     for (size_t s = 0, at = 0; s < sizes.size(); at += sizes[s++])
-      segments.push_back({f ? f + at : f, g + at, r + s, out_like_lr ? o + s : o + at, rows, sizes[s], pitch, false});
+      segments.push_back(
+          {advanced(f, at), g + at, r + s, advanced(o, at), advanced(q, s), rows, sizes[s], pitch, false});
   } else {
     const int64_t size = lr.dim() ? lr.numel() : elements;
-    segments.push_back({f, g, r, o, size ? elements / size : 0, size, size, lr.dim() > 0});
+    segments.push_back({f, g, r, o, q, size ? elements / size : 0, size, size, lr.dim() > 0});
   }
 }
 
-// All tensors as segments; an empty `first` is zeros.
+// All tensors as segments. What is null in them (segment.h) is an empty list here.
 template <class scalar>
 std::vector<Segment<scalar>> segments_of(const Tensors& first, const Tensors& grad, const Tensors& lr,
-                                         const Tensors& out, bool out_like_lr, const Sizes& sizes) {
+                                         const Tensors& out, const Tensors& rate_out, const Sizes& sizes) {
   std::vector<Segment<scalar>> segments;
   for (size_t i = 0; i < grad.size(); i++)
-    add_segments(segments, first.empty() ? nullptr : &first[i], grad[i], lr[i], out[i], out_like_lr, sizes);
+    add_segments(segments, first, grad[i], lr[i], out, rate_out, i, sizes);
   return segments;
 }
 

@@ -18,7 +18,7 @@ from maml_ext.ops import library
 from maml_ext.stateless import Layout
 
 ENGINE = ("predict", "pull", "pull_tangent", "score", "score_tangent", "adapt", "adjoint", "meta")
-ON_CUDA = ("sgd_update", "sgd_rate_gradient", *ENGINE)  # what has a kernel there
+ON_CUDA = ("sgd_update", "sgd_update_backward", *ENGINE)  # what has a kernel there
 
 
 def check(condition: object, what: str) -> None:
@@ -54,7 +54,7 @@ def calls() -> dict[str, tuple]:
     direction, lr = torch.randn_like(theta), torch.full((1, 1), 0.1)
     return {
         "sgd_update": ([theta], [direction], [lr[0, 0]], []),
-        "sgd_rate_gradient": ([theta], [direction], [theta[0]], []),
+        "sgd_update_backward": ([theta], [direction], [theta[0]], [], True),
         "predict": (*network, x, [2]),
         "pull": (*network, x, y, [1, 1]),
         "pull_tangent": (*network, x, y, direction, None),

@@ -43,7 +43,7 @@ class Resources(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    resources: dict[str, Resources]  # by name of the kernel: "rate_gradient<float>"
+    resources: dict[str, Resources]  # by name of the kernel: "update<float>"
     ptx: dict[str, str]  # likewise: its body
     shared_arrays: list[str]  # names of dynamic shared memory
 

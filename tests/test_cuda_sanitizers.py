@@ -74,6 +74,13 @@ PLANTED = [
     Mutant("theta_K throughout the adjoint", "adapt.cu", "const T *theta =",
            "k - steps.begin", "steps.end - 1 - steps.begin"),
     Mutant("the rate of the first step", "task.h", "INLINE Rates rates(", "call.rate_rows > 1", "false"),
+    # The update's derivative.
+    Mutant("no minus", "sgd_update.cu", "group_back(", "0 - rates.at[i]", "rates.at[i]"),
+    Mutant("no gradient of a rate", "sgd_update.cu", "sum_of_piece(", "lanes[i]", "0"),
+    Mutant("no gradient of a column's rate", "sgd_update.cu", "sums_of_columns(", "scalar(-sum[i])", "scalar(0)"),
+    Mutant("pieces of another segment", "sgd_update.cu", "finish_rate_gradient(", "batch.sums[s]", "batch.sums[0]"),
+    Mutant("the last piece forgotten", "sgd_update.cu", "piece = threadIdx.x",
+           "batch.pieces[s]", "batch.pieces[s] - 1"),
 ]  # fmt: skip
 CUDA = emulation.ROOT / "csrc/cuda"
 BARRIER = "__syncthreads();"

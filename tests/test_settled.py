@@ -69,11 +69,12 @@ def example(name):
         "adjoint": (*shared, lr, x, y, None, [step], [step, step], [0, 1], False, [1, 1, 1, 0]),
         "meta": (*shared, lr, x, y, None, x, y, None, 2, False, False, [0, 1, 1, 0, 1, 1, 0]),
         "sgd_update": (rows, [torch.randn_like(r) for r in rows], [torch.randn(()), torch.randn(2)], []),
-        "sgd_rate_gradient": (
+        "sgd_update_backward": (
             rows,
             [torch.randn_like(r) for r in rows],
             [torch.randn(4), torch.randn(())],
             [],
+            True,
         ),
     }[name]
 
@@ -108,7 +109,7 @@ def right_or_raises(operator, arguments):
 
 
 def test_there_are_operators():
-    assert {"sgd_update", "sgd_rate_gradient", *REFUSE} <= set(operators())
+    assert {"sgd_update", "sgd_update_backward", *REFUSE} <= set(operators())
 
 
 REFUSE = ("pull_tangent", "score_tangent", "adjoint", "meta")  # the ends of the chain: their results have no derivative

@@ -1,4 +1,4 @@
-"""sgd_update and its two raw operators: values, derivatives of every kind, bad operands, threads, strides."""
+"""sgd_update and the two raw operators: values, derivatives of every kind, bad operands, threads, strides."""
 
 import itertools
 import warnings
@@ -14,7 +14,7 @@ from maml_ext import sgd_update
 from maml_ext.ops import library
 from maml_ext.ops import sgd as implementation
 
-update, rate_gradient = torch.ops.maml_ext.sgd_update, torch.ops.maml_ext.sgd_rate_gradient
+update, backward = torch.ops.maml_ext.sgd_update, torch.ops.maml_ext.sgd_update_backward
 needs_kernels = pytest.mark.skipif(bool(library.ABSENT), reason=f"no kernels here: {library.ABSENT}")
 NO_CUDA = library.cuda_absent() or (None if torch.ops.maml_ext.cuda_devices() else "there is no CUDA device")
 needs_cuda = pytest.mark.skipif(bool(NO_CUDA), reason=f"runs CUDA kernels: {NO_CUDA}")
@@ -142,7 +142,8 @@ def test_odd_sizes(size, tasks, dtype):
         truth = plain(double(theta), double(grad), double(rate), sizes=sizes)
         assert_as_accurate(sgd_update(theta, grad, rate, sizes=sizes), plain(theta, grad, rate, sizes), truth)
         products = -double(theta) * double(grad)
-        result = rate_gradient([theta], [grad], [rate], sizes)[0]
+        to_grad, result = backward([theta], [grad], [rate], sizes, True)
+        assert torch.equal(to_grad, update([], [theta], [rate], sizes)[0])
         truth, magnitude = (summed(p, rate, sizes) for p in (products, products.abs()))
         assert result.dtype == dtype and result.shape == rate.shape
         assert ((result - truth).abs() <= 2 * torch.finfo(dtype).eps * magnitude).all()
@@ -174,8 +175,9 @@ def test_any_memory_layout(how):
         result = sgd_update(theta, grad, lr, sizes=SIZES)
         assert result.is_contiguous()
         assert_close(result, plain(theta, grad, lr, SIZES), 1e-6)
-        args = ([theta.clone()], [grad.clone()], [lr.clone()], SIZES)
-        assert torch.equal(rate_gradient([theta], [grad], [lr], SIZES)[0], rate_gradient(*args)[0])
+        results = backward([theta], [grad], [lr], SIZES, True)
+        contiguous = backward([theta.clone()], [grad.clone()], [lr.clone()], SIZES, True)
+        assert all(torch.equal(r, c) for r, c in zip(results, contiguous, strict=True))
 
 
 def test_aliases_and_new_memory():
@@ -211,11 +213,11 @@ def test_empty_operands():
     assert sgd_update([], [], 0.1) == []
     assert sgd_update(torch.ones(0, 5), torch.ones(0, 5), torch.ones(5)).shape == (0, 5)
     for lr, sizes in ((torch.ones(5), []), (torch.ones(2), [2, 3]), (torch.ones(()), [])):
-        result = rate_gradient([torch.ones(0, 5)], [torch.ones(0, 5)], [lr], sizes)[0]
-        assert torch.equal(result, torch.zeros_like(lr))
+        to_grad, to_lr = backward([torch.ones(0, 5)], [torch.ones(0, 5)], [lr], sizes, True)
+        assert to_grad.shape == (0, 5) and torch.equal(to_lr, torch.zeros_like(lr))
     empty = [torch.ones(3, 0)]
-    assert torch.equal(rate_gradient(empty, empty, [torch.ones(2)], [0, 0])[0], torch.zeros(2))
-    assert rate_gradient(empty, empty, [torch.ones(0)], [])[0].shape == (0,)
+    assert torch.equal(backward(empty, empty, [torch.ones(2)], [0, 0], False)[0], torch.zeros(2))
+    assert backward(empty, empty, [torch.ones(0)], [], True)[1].shape == (0,)
 
 
 # Derivatives
@@ -229,8 +231,27 @@ def test_first_and_second_derivatives(layout, rate):
     assert gradgradcheck(function, inputs, check_fwd_over_rev=True)
 
 
+@pytest.mark.parametrize("needed", list(itertools.product((False, True), repeat=3))[1:])
+def test_only_what_is_needed_is_computed(needed, monkeypatch):
+    """The gradients of grad and lr come from one pass over the cotangent; that of theta is the cotangent."""
+    calls = []
+    for name in ("_update", "_backward"):
+        right = getattr(implementation, name)
+        monkeypatch.setattr(
+            implementation, name, lambda *args, name=name, right=right: calls.append((name, args)) or right(*args)
+        )
+    theta, grad, lr = (t.detach().requires_grad_(n) for t, n in zip(example("tasks", "per tensor")[:3], needed))
+    inputs = [t for t in (theta, grad, lr) if t.requires_grad]
+    result = sgd_update(theta, grad, lr, sizes=SIZES)
+    calls.clear()
+    found = torch.autograd.grad(result, inputs, torch.ones_like(result))
+    assert_close(found, torch.autograd.grad(plain(theta, grad, lr, SIZES).sum(), inputs))
+    expected = [("_backward", needed[1])] if needed[2] else [("_update", [])] if needed[1] else []
+    assert [(name, args[-1] if name == "_backward" else args[0]) for name, args in calls] == expected
+
+
 def samples(dtype=torch.float64, requires_grad=True):
-    """Operands of both raw operators, of every kind."""
+    """Operands of both raw operators, of every kind: an empty list of thetas is one of zeros."""
     for (layout, rate), zeros in itertools.product(EVERY, (False, True)):
         if "step" in rate or rate == "float":
             continue
@@ -246,11 +267,21 @@ def samples(dtype=torch.float64, requires_grad=True):
     yield shared[:1], shared[1:], rates, []
 
 
-@pytest.mark.parametrize("operator", [update, rate_gradient], ids=["update", "rate gradient"])
+def calls(operator, **keywords):
+    """Arguments of an operator, of every kind."""
+    for operands in samples(**keywords):
+        if operator is update:
+            yield operands
+        elif operands[0]:
+            yield from ((*operands, to_grad) for to_grad in (False, True))
+
+
+each_operator = pytest.mark.parametrize("operator", [update, backward], ids=["update", "backward"])
+
+
+@each_operator
 def test_raw_operators_under_autograd(operator):
-    for operands in samples():
-        if operator is rate_gradient and not operands[0]:
-            continue
+    for operands in calls(operator):
         function, inputs = rebuilt(operator, operands)
         assert gradcheck(function, inputs, check_forward_ad=True)
         assert gradgradcheck(function, inputs)
@@ -258,19 +289,16 @@ def test_raw_operators_under_autograd(operator):
             torch.library.opcheck(operator.default, operands, test_utils=test)
 
 
-@pytest.mark.parametrize("operator", [update, rate_gradient], ids=["update", "rate gradient"])
+@each_operator
 def test_opcheck_traces_forward_and_backward(operator):
-    for operands in list(samples())[::5]:
-        if operator is update or operands[0]:
-            torch.library.opcheck(operator.default, operands)
+    for operands in list(calls(operator))[::5]:
+        torch.library.opcheck(operator.default, operands)
 
 
-@pytest.mark.parametrize("operator", [update, rate_gradient], ids=["update", "rate gradient"])
+@each_operator
 def test_raw_operators_under_transforms_are_right_or_raise(operator):
     """Silent zeros are what must not be."""
-    for operands in samples(requires_grad=False):
-        if operator is rate_gradient and not operands[0]:
-            continue
+    for operands in calls(operator, requires_grad=False):
         function, inputs = rebuilt(operator, operands)
 
         def loss(*xs):
@@ -293,7 +321,7 @@ def test_raw_operators_under_transforms_are_right_or_raise(operator):
 
 def test_every_operator_has_an_autograd_kernel():
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("maml_ext::")}
-    assert {"maml_ext::sgd_update", "maml_ext::sgd_rate_gradient"} <= names
+    assert {"maml_ext::sgd_update", "maml_ext::sgd_update_backward"} <= names
     for name in names:
         for key in ("AutogradCPU", "AutogradCUDA"):
             assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key), (name, key)
@@ -325,7 +353,7 @@ def test_functional_transforms(layout, rate):
         assert_close(transform(function), transform(expected))
 
 
-@pytest.mark.parametrize("call", ["api", "raw update", "raw rate gradient"])
+@pytest.mark.parametrize("call", ["api", "raw update", "raw backward"])
 @pytest.mark.parametrize("in_dims", list(itertools.product((None, 0, -1), repeat=3))[1:])
 def test_vmap_is_a_loop(in_dims, call):
     sizes = [2, 0, 3]
@@ -334,13 +362,14 @@ def test_vmap_is_a_loop(in_dims, call):
         function = {
             "api": lambda t, g, r: sgd_update(t, g, r, sizes=sizes),
             "raw update": lambda t, g, r: update([t], [g], [r], sizes)[0],
-            "raw rate gradient": lambda c, g, r: rate_gradient([c], [g], [r], sizes)[0],
+            "raw backward": lambda c, g, r: tuple(backward([c], [g], [r], sizes, True)),
         }[call]
         batches = [() if d is None else (4,) for d in in_dims]
         tensors = [torch.randn(b + s, dtype=torch.float64) for b, s in zip(batches, shapes)]
         batched = [t if d is None else t.movedim(0, d) for t, d in zip(tensors, in_dims)]
         slices = [function(*[t if d is None else t[b] for t, d in zip(tensors, in_dims)]) for b in range(4)]
-        assert_close(torch.vmap(function, in_dims)(*batched), torch.stack(slices))
+        stacked = [torch.stack(x) for x in zip(*map(leaves, slices))]
+        assert_close(torch.vmap(function, in_dims)(*batched), stacked)
 
 
 def test_vmap_of_lists_and_nested():
@@ -365,12 +394,14 @@ def test_fake_tensors(device):
         assert update([], [t.mT], [torch.empty((), device=device)], [])[0].stride() == (3, 1)
         for result in (sgd_update(t, g, r, sizes=SIZES), sgd_update([t, g], [g, t], 0.1)[1]):
             assert result.shape == (3, 17) and result.device.type == device
-        result = rate_gradient([t], [g], [r], SIZES)[0]
-        assert result.shape == (4,) and result.device.type == device
+        for to_grad, shapes in ((False, [(4,)]), (True, [(3, 17), (4,)])):
+            results = backward([t], [torch.empty(17, 3, device=device).mT], [r], SIZES, to_grad)
+            assert [x.shape for x in results] == shapes and {x.device.type for x in results} == {device}
+            assert all(x.is_contiguous() for x in results)
         with pytest.raises(RuntimeError, match="sizes"):
             update([t], [g], [r], [1, 2])
         with pytest.raises(RuntimeError, match="lr"):
-            rate_gradient([t], [g], [r], [])
+            backward([t], [g], [r], [], True)
         with pytest.raises(RuntimeError, match="grad"):
             update([t], [torch.empty(2, 17, device=device)], [r], SIZES)
         with pytest.raises(ValueError, match="lr"):
@@ -395,7 +426,7 @@ def test_compiles_whole(layout, rate):
 
 
 def formula_of(operator):
-    return implementation._update_formula if operator is update else implementation._rate_gradient_formula
+    return implementation._update_formula if operator is update else implementation._backward_formula
 
 
 def disagreement(operator, formula, operands):
@@ -404,16 +435,15 @@ def disagreement(operator, formula, operands):
 
 
 @needs_kernels
-@pytest.mark.parametrize("operator", [update, rate_gradient], ids=["update", "rate gradient"])
+@each_operator
 def test_kernels_agree_with_the_formula(operator):
-    for operands in samples(requires_grad=False):
-        if operator is update or operands[0]:
-            assert disagreement(operator, formula_of(operator), operands) < 1e-13
+    for operands in calls(operator, requires_grad=False):
+        assert disagreement(operator, formula_of(operator), operands) < 1e-13
 
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("operator", [update, rate_gradient], ids=["update", "rate gradient"])
+@each_operator
 def test_cuda_kernels_agree_with_the_formula_and_repeat_their_bits(operator):
     n, double = 100003, torch.float64
     large = [  # more tensors than a launch takes
@@ -421,9 +451,9 @@ def test_cuda_kernels_agree_with_the_formula_and_repeat_their_bits(operator):
         for tasks in (1, 40)
         for rate in (torch.rand((), dtype=double), torch.rand(2, dtype=double), torch.rand(n, dtype=double))
     ]
-    for operands in [*samples(requires_grad=False), *large]:
-        if operator is rate_gradient and not operands[0]:
-            continue
+    if operator is backward:
+        large = [(*operands, to_grad) for operands in large for to_grad in (False, True)]
+    for operands in [*calls(operator, requires_grad=False), *large]:
         there = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cuda(), operands)
         results, again = operator(*there), operator(*there)
         for result, repeated, expected in zip(results, again, formula_of(operator)(*operands), strict=True):
@@ -431,17 +461,34 @@ def test_cuda_kernels_agree_with_the_formula_and_repeat_their_bits(operator):
             torch.testing.assert_close(result.cpu(), expected, rtol=1e-12, atol=1e-10)
 
 
-def test_negative_controls(monkeypatch):
-    """The comparisons above catch rates in the wrong order, and a gradient that is a little too large."""
+def test_a_wrong_order_of_rates_is_seen():
     operands = [x for x in samples(requires_grad=False) if x[0] and x[2][0].dim() == 1]
     assert len(operands) > 3
     for first, grad, lr, sizes in operands:
         wrong = update(first, grad, [r.flip(0) for r in lr], sizes)
         assert disagreement(lambda *_: wrong, implementation._update_formula, (first, grad, lr, sizes)) > 1e-3
 
-    right = implementation._rate_gradient
-    monkeypatch.setattr(implementation, "_rate_gradient", lambda *args: [1.01 * x for x in right(*args)])
+
+def without_last_segment(to_grad, to_lr):
+    return [to_grad, to_lr * torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=to_lr.dtype)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda to_grad, to_lr: [-to_grad, to_lr],
+        lambda to_grad, to_lr: [to_grad, -to_lr],
+        lambda to_grad, to_lr: [to_grad, 0 * to_lr],
+        lambda to_grad, to_lr: [to_grad, 1.01 * to_lr],
+        without_last_segment,
+    ],
+    ids=["no minus by grad", "no minus by lr", "zero by lr", "a little too large", "a segment forgotten"],
+)
+def test_wrong_derivatives_are_seen(wrong, monkeypatch):
     function, inputs = rebuilt(sgd_update, example("tasks", "per tensor")[:3], sizes=SIZES)
+    assert gradcheck(function, inputs)
+    right = implementation._backward
+    monkeypatch.setattr(implementation, "_backward", lambda *args: wrong(*right(*args)))
     with pytest.raises(GradcheckError):
         gradcheck(function, inputs)
 
@@ -457,9 +504,9 @@ def test_bits_do_not_depend_on_threads():
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             results.append([])
-            for operator in (update, rate_gradient):
-                results[-1] += [operator([theta], [grad], [r], [9, 40000]) for r in rates]
-                results[-1] += operator(pieces, pieces, rates[:1] * 2, [])
+            for operator, constants in ((update, []), (backward, [False]), (backward, [True])):
+                results[-1] += [operator([theta], [grad], [r], [9, 40000], *constants) for r in rates]
+                results[-1] += operator(pieces, pieces, rates[:1] * 2, [], *constants)
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -536,8 +583,8 @@ def operands_of_fuzz():
 @given(operands_of_fuzz())
 def test_raw_operators_raise_or_are_right_whatever_comes(drawn):
     (first, grad), lr, sizes, zeros = drawn
-    for operator in (update, rate_gradient):
-        operands = [] if zeros else first, grad, lr, sizes
+    for operator, constants in ((update, []), (backward, [False]), (backward, [True])):
+        operands = [] if zeros else first, grad, lr, sizes, *constants
         try:
             results = operator(*operands)
         except RuntimeError as error:

@@ -18,21 +18,23 @@ constexpr int64_t kGrain = 32768;  // elements a thread at least: below it, star
 template <class scalar>
 Tensors update(const Tensors& theta, const Tensors& grad, const Tensors& lr, const Sizes& sizes) {
   Tensors out = new_empty_like(grad);
-  const auto segments = segments_of<scalar>(theta, grad, lr, out, false, sizes);
+  const auto segments = segments_of<scalar>(theta, grad, lr, out, {}, sizes);
   torch::stable::parallel_for(0, elements_of(segments), kGrain,
                               [&](int64_t begin, int64_t end) { sgd_update(segments, begin, end); });
   return out;
 }
 
 template <class scalar>
-Tensors rate_gradient(const Tensors& cotangent, const Tensors& grad, const Tensors& lr, const Sizes& sizes) {
-  Tensors out = new_empty_like(lr);
-  const auto segments = segments_of<scalar>(cotangent, grad, lr, out, true, sizes);
+Tensors backward(const Tensors& cotangent, const Tensors& grad, const Tensors& lr, const Sizes& sizes, bool to_grad) {
+  Tensors out = to_grad ? new_empty_like(grad) : Tensors{};
+  const Tensors rate_out = new_empty_like(lr);
+  const auto segments = segments_of<scalar>(cotangent, grad, lr, out, rate_out, sizes);
   auto tiles = tiles_of(segments);
   const int64_t a_tile = elements_of(segments) / std::max<int64_t>(1, tiles.size());
   torch::stable::parallel_for(0, tiles.size(), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, a_tile)),
-                              [&](int64_t begin, int64_t end) { sgd_rate_gradient(segments, tiles, begin, end); });
+                              [&](int64_t begin, int64_t end) { sgd_update_backward(segments, tiles, begin, end); });
   finish_rate_gradient(segments, tiles);
+  out.insert(out.end(), rate_out.begin(), rate_out.end());
   return out;
 }
 
@@ -42,10 +44,10 @@ Tensors sgd_update_cpu(Tensors theta, Tensors grad, Tensors lr, Sizes sizes) {
   return kernel(contiguous(theta), contiguous(grad), contiguous(lr), sizes);
 }
 
-Tensors sgd_rate_gradient_cpu(Tensors cotangent, Tensors grad, Tensors lr, Sizes sizes) {
+Tensors sgd_update_backward_cpu(Tensors cotangent, Tensors grad, Tensors lr, Sizes sizes, bool to_grad) {
   check("cotangent", cotangent, grad, lr, sizes, false);
-  const auto kernel = grad[0].scalar_type() == ScalarType::Float ? rate_gradient<float> : rate_gradient<double>;
-  return kernel(contiguous(cotangent), contiguous(grad), contiguous(lr), sizes);
+  const auto kernel = grad[0].scalar_type() == ScalarType::Float ? backward<float> : backward<double>;
+  return kernel(contiguous(cotangent), contiguous(grad), contiguous(lr), sizes, to_grad);
 }
 
 }  // namespace
@@ -53,5 +55,5 @@ Tensors sgd_rate_gradient_cpu(Tensors cotangent, Tensors grad, Tensors lr, Sizes
 
 STABLE_TORCH_LIBRARY_IMPL(maml_ext, CPU, m) {
   m.impl("sgd_update", TORCH_BOX(&maml_ext::sgd_update_cpu));
-  m.impl("sgd_rate_gradient", TORCH_BOX(&maml_ext::sgd_rate_gradient_cpu));
+  m.impl("sgd_update_backward", TORCH_BOX(&maml_ext::sgd_update_backward_cpu));
 }

@@ -14,7 +14,8 @@
 namespace maml_ext {
 namespace {
 
-constexpr int64_t kTile = 4096;  // columns: 32 KiB of double accumulators, which stay in L1
+// Columns: 8 KiB of double accumulators, which stay in L1 beside the rows that stream through it.
+constexpr int64_t kTile = 1024;
 
 template <class scalar>
 INLINE void update_run(scalar* __restrict out, const scalar* theta, const scalar* grad, const scalar* lr,
@@ -22,18 +23,29 @@ INLINE void update_run(scalar* __restrict out, const scalar* theta, const scalar
   for (int64_t i = 0; i < n; i++) out[i] = (theta ? theta[i] : 0) - lr[per_parameter ? i : 0] * grad[i];
 }
 
-// sums[i] += a[i] * b[i], or sums[i % 8] where one sum is wanted: independent lanes that vectorise without
-// reassociating what the source says.
-template <class scalar>
-INLINE void products(double* __restrict sums, const scalar* a, const scalar* b, int64_t n, bool per_parameter) {
+// sums[i] += first[i] * grad[i], or sums[i % 8] where one sum is wanted: independent lanes that vectorise without
+// reassociating what the source says. And out[i] = -lr * first[i], from the same load of first.
+template <bool to_grad, class scalar>
+INLINE void backward_run(double* __restrict sums, scalar* __restrict out, const scalar* first, const scalar* grad,
+                         const scalar* lr, bool per_parameter, int64_t n) {
   if (per_parameter) {
-    for (int64_t i = 0; i < n; i++) sums[i] += double(a[i]) * double(b[i]);
+    for (int64_t i = 0; i < n; i++) {
+      sums[i] += double(first[i]) * double(grad[i]);
+      if (to_grad) out[i] = 0 - lr[i] * first[i];
+    }
     return;
   }
+  const scalar rate = *lr;
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
-    for (int lane = 0; lane < 8; lane++) sums[lane] += double(a[i + lane]) * double(b[i + lane]);
-  for (; i < n; i++) sums[i % 8] += double(a[i]) * double(b[i]);
+    for (int lane = 0; lane < 8; lane++) {
+      sums[lane] += double(first[i + lane]) * double(grad[i + lane]);
+      if (to_grad) out[i + lane] = 0 - rate * first[i + lane];
+    }
+  for (; i < n; i++) {
+    sums[i % 8] += double(first[i]) * double(grad[i]);
+    if (to_grad) out[i] = 0 - rate * first[i];
+  }
 }
 
 CLONES void run(float* out, const float* theta, const float* grad, const float* lr, bool each, int64_t n) {
@@ -42,11 +54,15 @@ CLONES void run(float* out, const float* theta, const float* grad, const float* 
 CLONES void run(double* out, const double* theta, const double* grad, const double* lr, bool each, int64_t n) {
   update_run(out, theta, grad, lr, each, n);
 }
-CLONES void accumulate(double* sums, const float* a, const float* b, int64_t n, bool each) {
-  products(sums, a, b, n, each);
+CLONES void run_back(double* sums, float* out, const float* first, const float* grad, const float* lr, bool each,
+                     int64_t n) {
+  out ? backward_run<true>(sums, out, first, grad, lr, each, n)
+      : backward_run<false>(sums, out, first, grad, lr, each, n);
 }
-CLONES void accumulate(double* sums, const double* a, const double* b, int64_t n, bool each) {
-  products(sums, a, b, n, each);
+CLONES void run_back(double* sums, double* out, const double* first, const double* grad, const double* lr, bool each,
+                     int64_t n) {
+  out ? backward_run<true>(sums, out, first, grad, lr, each, n)
+      : backward_run<false>(sums, out, first, grad, lr, each, n);
 }
 
 }  // namespace
@@ -78,8 +94,8 @@ std::vector<Tile> tiles_of(const std::vector<Segment<scalar>>& segments) {
 }
 
 template <class scalar>
-void sgd_rate_gradient(const std::vector<Segment<scalar>>& segments, std::vector<Tile>& tiles, int64_t begin,
-                       int64_t end) {
+void sgd_update_backward(const std::vector<Segment<scalar>>& segments, std::vector<Tile>& tiles, int64_t begin,
+                         int64_t end) {
   for (int64_t t = begin; t < end; t++) {
     Tile& tile = tiles[t];
     const auto& s = segments[tile.segment];
@@ -88,10 +104,11 @@ void sgd_rate_gradient(const std::vector<Segment<scalar>>& segments, std::vector
     std::fill_n(sums, s.per_parameter ? n : 8, 0.0);
     for (int64_t row = 0; row < s.rows; row++) {
       const int64_t at = row * s.pitch + tile.begin;
-      accumulate(sums, s.first + at, s.grad + at, n, s.per_parameter);
+      run_back(sums, s.out ? s.out + at : nullptr, s.first + at, s.grad + at,
+               s.per_parameter ? s.lr + tile.begin : s.lr, s.per_parameter, n);
     }
     if (s.per_parameter)
-      for (int64_t i = 0; i < n; i++) s.out[tile.begin + i] = scalar(-sums[i]);
+      for (int64_t i = 0; i < n; i++) s.rate_out[tile.begin + i] = scalar(-sums[i]);
     else
       for (int lane = 0; lane < 8; lane++) tile.sum += sums[lane];
   }
@@ -102,13 +119,13 @@ void finish_rate_gradient(const std::vector<Segment<scalar>>& segments, const st
   std::vector<double> totals(segments.size());
   for (const Tile& tile : tiles) totals[tile.segment] += tile.sum;
   for (size_t s = 0; s < segments.size(); s++)
-    if (!segments[s].per_parameter) *segments[s].out = scalar(-totals[s]);
+    if (!segments[s].per_parameter) *segments[s].rate_out = scalar(-totals[s]);
 }
 
 #define INSTANTIATE(scalar)                                                                                     \
   template void sgd_update(const std::vector<Segment<scalar>>&, int64_t, int64_t);                              \
   template std::vector<Tile> tiles_of(const std::vector<Segment<scalar>>&);                                     \
-  template void sgd_rate_gradient(const std::vector<Segment<scalar>>&, std::vector<Tile>&, int64_t, int64_t);   \
+  template void sgd_update_backward(const std::vector<Segment<scalar>>&, std::vector<Tile>&, int64_t, int64_t); \
   template void finish_rate_gradient(const std::vector<Segment<scalar>>&, const std::vector<Tile>&);
 INSTANTIATE(float)
 INSTANTIATE(double)

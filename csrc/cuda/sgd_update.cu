@@ -5,7 +5,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kSegments = 48;        // in a launch: what fits into the 4 KB of kernel parameters of every CUDA version
+constexpr int kSegments = 40;        // in a launch: what fits into the 4 KB of kernel parameters of every CUDA version
 constexpr int64_t kMostBlocks = 2048;  // for a segment: some waves of the largest device; threads loop from there on
 constexpr int64_t kMostPieces = 1024;
 
@@ -67,6 +67,18 @@ __device__ __forceinline__ Lanes<scalar> load(const scalar* p, int64_t count, bo
   return result;
 }
 
+// Stores the first `count` of them.
+template <class scalar>
+__device__ __forceinline__ void store(scalar* p, const Lanes<scalar>& lanes, int64_t count, bool aligned) {
+  if (aligned && count >= kLanes<scalar>) {
+    *reinterpret_cast<Lanes<scalar>*>(p) = lanes;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kLanes<scalar>; i++)
+    if (i < count) p[i] = lanes.at[i];
+}
+
 // In groups of 16 bytes, the last of a row perhaps shorter.
 template <class scalar>
 __device__ __forceinline__ void update_groups(const Segment<scalar>& s, int64_t start, int64_t step) {
@@ -80,13 +92,7 @@ __device__ __forceinline__ void update_groups(const Segment<scalar>& s, int64_t 
 #pragma unroll
     for (int i = 0; i < kLanes<scalar>; i++)
       out.at[i] = first.at[i] - (s.per_parameter ? rates.at[i] : rate) * grad.at[i];
-    if (count >= kLanes<scalar>) {
-      *reinterpret_cast<Lanes<scalar>*>(s.out + at) = out;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kLanes<scalar>; i++)
-        if (i < count) s.out[at + i] = out.at[i];
-    }
+    store(s.out + at, out, count, true);
   }
 }
 
@@ -125,24 +131,41 @@ __device__ __forceinline__ double block_sum(double value) {
   return sum;
 }
 
+// sum += first * grad of a group, and out = -lr * first from the same load of first, if it is wanted.
+template <class scalar>
+__device__ __forceinline__ void group_back(const Segment<scalar>& s, int64_t at, int64_t count, bool aligned,
+                                           const Lanes<scalar>& rates, double* sum) {
+  const Lanes<scalar> first = load(s.first + at, count, aligned), grad = load(s.grad + at, count, aligned);
+  Lanes<scalar> out;
+#pragma unroll
+  for (int i = 0; i < kLanes<scalar>; i++) {
+    sum[i] += double(first.at[i]) * double(grad.at[i]);
+    out.at[i] = 0 - rates.at[i] * first.at[i];
+  }
+  if (s.out) store(s.out + at, out, count, aligned);
+}
+
 // One rate for all: every piece is a block, which takes every pieces-th 256 groups.
 template <class scalar>
 __device__ __forceinline__ void sum_of_piece(const Segment<scalar>& s, int piece, int pieces, bool aligned,
                                              double* sums) {
-  double sum = 0;
+  Lanes<scalar> rates;
+#pragma unroll
+  for (int i = 0; i < kLanes<scalar>; i++) rates.at[i] = *s.lr;
+  double lanes[kLanes<scalar>] = {};
   const int64_t groups = (s.size + kLanes<scalar> - 1) / kLanes<scalar>;
   for (Walk walk(int64_t(piece) * kThreads + threadIdx.x, int64_t(pieces) * kThreads, groups); walk.row < s.rows;
        walk.next()) {
-    const int64_t column = walk.column * kLanes<scalar>, at = walk.row * s.pitch + column;
-    const Lanes<scalar> first = load(s.first + at, s.size - column, aligned);
-    const Lanes<scalar> grad = load(s.grad + at, s.size - column, aligned);
-#pragma unroll
-    for (int i = 0; i < kLanes<scalar>; i++) sum += double(first.at[i]) * double(grad.at[i]);
+    const int64_t column = walk.column * kLanes<scalar>;
+    group_back(s, walk.row * s.pitch + column, s.size - column, aligned, rates, lanes);
   }
+  double sum = 0;
+#pragma unroll
+  for (int i = 0; i < kLanes<scalar>; i++) sum += lanes[i];
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;
   if (pieces == 1)
-    *s.out = scalar(-sum);
+    *s.rate_out = scalar(-sum);
   else
     sums[piece] = sum;
 }
@@ -156,30 +179,25 @@ __device__ __forceinline__ void sums_of_columns(const Segment<scalar>& s, int bl
   const int64_t step = int64_t(blocks / pieces) * kThreads * kLanes<scalar>;
   for (int64_t column = (int64_t(block / pieces) * kThreads + threadIdx.x) * kLanes<scalar>; column < s.size;
        column += step) {
+    const Lanes<scalar> rates = load(s.lr + column, s.size - column, aligned);
     double sum[kLanes<scalar>] = {};
-    for (int64_t row = begin; row < end; row++) {
-      const int64_t at = row * s.pitch + column;
-      const Lanes<scalar> first = load(s.first + at, s.size - column, aligned);
-      const Lanes<scalar> grad = load(s.grad + at, s.size - column, aligned);
-#pragma unroll
-      for (int i = 0; i < kLanes<scalar>; i++) sum[i] += double(first.at[i]) * double(grad.at[i]);
-    }
+    for (int64_t row = begin; row < end; row++)
+      group_back(s, row * s.pitch + column, s.size - column, aligned, rates, sum);
 #pragma unroll
     for (int i = 0; i < kLanes<scalar>; i++) {
       if (column + i >= s.size) break;
       if (pieces == 1)
-        s.out[column + i] = scalar(-sum[i]);
+        s.rate_out[column + i] = scalar(-sum[i]);
       else
         sums[piece * s.size + column + i] = sum[i];
     }
   }
 }
 
-// Sums of pieces: results where a segment is one piece, else doubles in the workspace. Sums are in registers, those of
-// a block's warps in 64 bytes of shared memory.
+// out = -lr * first, and sums of pieces: results where a segment is one piece, else doubles in the workspace. Sums and
+// rates are in registers, the sums of a block's warps in 64 bytes of shared memory.
 template <class scalar>
-__global__ void __launch_bounds__(kThreads)
-    rate_gradient(const Batch<scalar> batch, double* workspace) {
+__global__ void __launch_bounds__(kThreads) backward(const Batch<scalar> batch, double* workspace) {
   const int s = segment_of_block(batch);
   const int block = blockIdx.x - batch.first_block[s], blocks = batch.first_block[s + 1] - batch.first_block[s];
   double* sums = workspace + batch.sums[s];
@@ -202,11 +220,11 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t column = int64_t(blockIdx.x - batch.first_block[s]) * kThreads + threadIdx.x;
     if (column >= segment.size) return;
     for (int piece = 0; piece < batch.pieces[s]; piece++) sum += sums[piece * segment.size + column];
-    segment.out[column] = scalar(-sum);
+    segment.rate_out[column] = scalar(-sum);
   } else {
     for (int piece = threadIdx.x; piece < batch.pieces[s]; piece += kThreads) sum += sums[piece];
     sum = block_sum(sum);
-    if (threadIdx.x == 0) *segment.out = scalar(-sum);
+    if (threadIdx.x == 0) *segment.rate_out = scalar(-sum);
   }
 }
 
@@ -216,7 +234,8 @@ bool on_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 
 
 template <class scalar>
 bool aligned_rows(const Segment<scalar>& s) {
-  return on_16_bytes(s.first) && on_16_bytes(s.grad) && (s.rows == 1 || s.pitch % kLanes<scalar> == 0);
+  return on_16_bytes(s.first) && on_16_bytes(s.grad) && on_16_bytes(s.out) &&
+         (s.rows == 1 || s.pitch % kLanes<scalar> == 0) && (!s.per_parameter || on_16_bytes(s.lr));
 }
 
 template <class scalar>
@@ -284,7 +303,7 @@ cudaError_t for_batches(const Segment<scalar>* segments, int64_t count, BlocksOf
 template <class scalar>
 cudaError_t sgd_update(const Segment<scalar>* segments, int64_t count, cudaStream_t stream) {
   const auto blocks_of = [](const Segment<scalar>& s, Batch<scalar>& batch, int i) {
-    batch.aligned[i] = aligned_rows(s) && on_16_bytes(s.out) && (!s.per_parameter || on_16_bytes(s.lr));
+    batch.aligned[i] = aligned_rows(s);
     const int64_t positions = s.rows * (batch.aligned[i] ? groups_of_row(s) : s.size);
     return between(0, ceil_div(positions, 4 * kThreads), kMostBlocks);
   };
@@ -294,14 +313,15 @@ cudaError_t sgd_update(const Segment<scalar>* segments, int64_t count, cudaStrea
 }
 
 template <class scalar>
-int64_t rate_gradient_workspace(const Segment<scalar>* segments, int64_t count) {
+int64_t backward_workspace(const Segment<scalar>* segments, int64_t count) {
   int64_t total = 0;
   for (int64_t i = 0; i < count; i++) total += sums_of(simplified(segments[i]));
   return total;
 }
 
 template <class scalar>
-cudaError_t sgd_rate_gradient(const Segment<scalar>* segments, int64_t count, double* workspace, cudaStream_t stream) {
+cudaError_t sgd_update_backward(const Segment<scalar>* segments, int64_t count, double* workspace,
+                                cudaStream_t stream) {
   int64_t sums = 0;
   const auto describe = [&](const Segment<scalar>& s, Batch<scalar>& batch, int i) {
     batch.aligned[i] = aligned_rows(s);
@@ -318,7 +338,7 @@ cudaError_t sgd_rate_gradient(const Segment<scalar>* segments, int64_t count, do
     return batch.pieces[i] == 1 ? 0 : s.per_parameter ? ceil_div(s.size, kThreads) : 1;
   };
   const cudaError_t error = for_batches(segments, count, blocks_of_pieces, [&](const Batch<scalar>& batch, int n) {
-    return launch(rate_gradient<scalar>, batch, n, stream, workspace);
+    return launch(backward<scalar>, batch, n, stream, workspace);
   });
   if (error != cudaSuccess) return error;
   sums = 0;
@@ -329,8 +349,8 @@ cudaError_t sgd_rate_gradient(const Segment<scalar>* segments, int64_t count, do
 
 #define INSTANTIATE(scalar)                                                                          \
   template cudaError_t sgd_update(const Segment<scalar>*, int64_t, cudaStream_t);                    \
-  template int64_t rate_gradient_workspace(const Segment<scalar>*, int64_t);                         \
-  template cudaError_t sgd_rate_gradient(const Segment<scalar>*, int64_t, double*, cudaStream_t);
+  template int64_t backward_workspace(const Segment<scalar>*, int64_t);                              \
+  template cudaError_t sgd_update_backward(const Segment<scalar>*, int64_t, double*, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

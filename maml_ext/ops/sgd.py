@@ -3,11 +3,14 @@
 Two operators are closed under differentiation. With E the expansion of a rate over its parameters and E^T
 its transpose (a sum),
 
-    S(theta, grad, lr) = theta - E(lr) * grad          sgd_update
-    R(cotangent, grad) = -E^T(cotangent * grad)        sgd_rate_gradient
+    S(theta, grad, lr) = theta - E(lr) * grad              sgd_update
+    B(c, grad, lr)     = -E(lr) * c, -E^T(c * grad)        sgd_update_backward
 
-    dS: theta gets c, grad gets S(0, c, lr), lr gets R(c, grad)
-    dR: cotangent gets S(0, grad, w), grad gets S(0, cotangent, w)
+    dS, given c:       theta gets c; grad and lr get B(c, grad, lr)
+    dB, given (u, w):  c gets S(S(0, u, lr), grad, w); grad and lr get B(c, u, w)
+
+B is linear in c and in (grad, lr), and reads c once for both of its results. Where lr's is not wanted the
+other is S(0, c, lr); where grad's is not wanted B leaves it out.
 
 Both take lists of tensors: a flat ``[T, P]`` is a list of one. ``lr[i]`` is a scalar, has the shape of the
 trailing dimensions of ``grad[i]`` (and is shared by the leading ones), or has one rate for each of ``sizes``,
@@ -149,15 +152,16 @@ def _update_formula(theta, grad, lr, sizes):
     return [x.contiguous() for x in ([t - s for t, s in zip(theta, steps)] if theta else [-s for s in steps])]
 
 
-def _rate_gradient_formula(cotangent, grad, lr, sizes):
+def _backward_formula(cotangent, grad, lr, sizes, to_grad):
     _check_raw(cotangent, grad, lr, sizes, "cotangent")
     products = [-(c * g) for c, g in zip(cotangent, grad)]
-    return [
+    to_rates = [
         torch.stack([piece.sum() for piece in p.split(list(sizes), -1)])
         if _per_tensor(r, p, sizes)
         else p.sum_to_size(r.shape).contiguous()
         for p, r in zip(products, lr)
     ]
+    return (_update_formula([], cotangent, lr, sizes) if to_grad else []) + to_rates
 
 
 def _update_fake(theta, grad, lr, sizes):
@@ -165,23 +169,23 @@ def _update_fake(theta, grad, lr, sizes):
     return [g.new_empty(g.shape) for g in grad]
 
 
-def _rate_gradient_fake(cotangent, grad, lr, sizes):
+def _backward_fake(cotangent, grad, lr, sizes, to_grad):
     _check_raw(cotangent, grad, lr, sizes, "cotangent")
-    return [r.new_empty(r.shape) for r in lr]
+    return [x.new_empty(x.shape) for x in (*(grad if to_grad else []), *lr)]
 
 
 # The batching rules, in terms of `operator`: the operator itself, as it is to be called one level below.
 
 
-def _slices(operator: Callable, info, in_dims, first, grad, lr, sizes):
-    """R sums over leading dimensions, so that a batch must not be one; but it can be a longer list."""
+def _slices(operator: Callable, info, in_dims, first, grad, lr, *constants):
+    """B sums over leading dimensions, so that a batch must not be one; but it can be a longer list."""
     slices = [
         [t if d is None else t.select(d, b) for t, d in zip(tensors, dims) for b in range(info.batch_size)]
         for tensors, dims in zip((first, grad, lr), in_dims)
     ]
-    outputs = operator(*slices, sizes)
+    outputs = operator(*slices, *constants)
     batches = range(0, len(outputs), info.batch_size)
-    return [torch.stack(outputs[i : i + info.batch_size]) for i in batches], [0] * len(grad)
+    return [torch.stack(outputs[i : i + info.batch_size]) for i in batches], [0] * len(batches)
 
 
 def _slices_or_leading(operator: Callable, info, in_dims, theta, grad, lr, sizes):
@@ -207,9 +211,18 @@ def _update(theta: Sequence[Tensor], grad: Sequence[Tensor], lr: Sequence[Tensor
     return _Update.on_lists(theta, grad, lr, sizes)
 
 
-def _rate_gradient(cotangent, grad, lr, sizes) -> list[Tensor]:
-    """R: ``-(cotangent[i] * grad[i])`` summed to the shape of ``lr[i]``, whose values play no part."""
-    return _RateGradient.on_lists(cotangent, grad, lr, sizes)
+def _backward(cotangent, grad, lr, sizes, to_grad: bool) -> list[Tensor]:
+    """B: ``-lr[i] * cotangent[i]``, if wanted; then ``-(cotangent[i] * grad[i])`` summed to the shapes of lr[i]."""
+    return _Backward.on_lists(cotangent, grad, lr, sizes, to_grad)
+
+
+def _wanted(cotangent, grad, lr, sizes, to_grad: bool, to_lr: bool) -> tuple[list, list]:
+    """What B gives for grad and for lr, or a list of None, by the operator that computes no more."""
+    none = [None] * len(cotangent)
+    if not to_lr:
+        return _update([], cotangent, lr, sizes) if to_grad else none, none
+    results = _backward(cotangent, grad, lr, sizes, to_grad)
+    return results[: -len(lr)] or none, results[-len(lr) :]
 
 
 def _lists(lengths: Sequence[int], concatenated: Sequence) -> tuple[list, list, list]:
@@ -222,31 +235,31 @@ def _or_zeros(tangents: list, like: list[Tensor]) -> list[Tensor]:
 
 
 class _ListFunction(torch.autograd.Function):
-    """An operator on lists as a Function of their concatenation: ``apply(lengths, sizes, *tensors)``."""
+    """An operator on lists as a Function of their concatenation: ``apply(lengths, constants, *tensors)``."""
 
     operator: str
     batch: Callable
 
     @classmethod
-    def on_lists(cls, first, grad, lr, sizes) -> list[Tensor]:
-        return list(cls.apply((len(first), len(grad), len(lr)), tuple(sizes), *first, *grad, *lr))
+    def on_lists(cls, first, grad, lr, *constants) -> list[Tensor]:
+        return list(cls.apply((len(first), len(grad), len(lr)), constants, *first, *grad, *lr))
 
     @classmethod
-    def forward(cls, lengths, sizes, *tensors):
+    def forward(cls, lengths, constants, *tensors):
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(getattr(torch.ops.maml_ext, cls.operator)(*_lists(lengths, tensors), sizes))
+            return tuple(getattr(torch.ops.maml_ext, cls.operator)(*_lists(lengths, tensors), *constants))
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        ctx.lengths, ctx.sizes, *tensors = inputs
-        ctx.n = len(outputs)
+        ctx.lengths, ctx.constants, *tensors = inputs
+        ctx.n = ctx.lengths[1]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @classmethod
-    def vmap(cls, info, in_dims, lengths, sizes, *tensors):
+    def vmap(cls, info, in_dims, lengths, constants, *tensors):
         in_dims = _lists(lengths, in_dims[2:])
-        outputs, out_dims = cls.batch(cls.on_lists, info, in_dims, *_lists(lengths, tensors), sizes)
+        outputs, out_dims = cls.batch(cls.on_lists, info, in_dims, *_lists(lengths, tensors), *constants)
         return tuple(outputs), tuple(out_dims)
 
 
@@ -256,43 +269,47 @@ class _Update(_ListFunction):
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        lengths, sizes, *tensors = inputs  # theta may be freed, or changed in place: no derivative needs it
-        _ListFunction.setup_context(ctx, (lengths, sizes, *tensors[lengths[0] :]), outputs)
+        lengths, constants, *tensors = inputs  # theta may be freed, or changed in place: no derivative needs it
+        _ListFunction.setup_context(ctx, (lengths, constants, *tensors[lengths[0] :]), outputs)
 
     @staticmethod
     def backward(ctx, *cotangents):
         grad, lr = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
         theta_needs, grad_needs, lr_needs = _lists(ctx.lengths, ctx.needs_input_grad[2:])
         to_theta = cotangents[: len(theta_needs)]  # none where theta is empty
-        to_grad = _update([], cotangents, lr, ctx.sizes) if any(grad_needs) else [None] * ctx.n
-        to_lr = _rate_gradient(cotangents, grad, lr, ctx.sizes) if any(lr_needs) else [None] * ctx.n
+        to_grad, to_lr = _wanted(cotangents, grad, lr, *ctx.constants, any(grad_needs), any(lr_needs))
         return None, None, *to_theta, *to_grad, *to_lr
 
     @staticmethod
     def jvp(ctx, _lengths, _sizes, *tangents):
         grad, lr = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
         dtheta, dgrad, dlr = _lists(ctx.lengths, tangents)
-        by_lr = _update(_or_zeros(dtheta, grad), grad, _or_zeros(dlr, lr), ctx.sizes)
-        return tuple(_update(by_lr, _or_zeros(dgrad, grad), lr, ctx.sizes))
+        by_lr = _update(_or_zeros(dtheta, grad), grad, _or_zeros(dlr, lr), *ctx.constants)
+        return tuple(_update(by_lr, _or_zeros(dgrad, grad), lr, *ctx.constants))
 
 
-class _RateGradient(_ListFunction):
-    operator = "sgd_rate_gradient"
+class _Backward(_ListFunction):
+    operator = "sgd_update_backward"
     batch = staticmethod(_slices)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        cotangent, grad, _ = _lists(ctx.lengths, ctx.saved_tensors)
-        to_cotangent = _update([], grad, cotangents, ctx.sizes)
-        to_grad = _update([], cotangent, cotangents, ctx.sizes)
-        return None, None, *to_cotangent, *to_grad, *[None] * ctx.n
+        cotangent, grad, lr = _lists(ctx.lengths, ctx.saved_tensors)
+        by_grad, by_lr = list(cotangents[: -ctx.n]), list(cotangents[-ctx.n :])
+        sizes, to_grad = ctx.constants
+        cotangent_needs, grad_needs, lr_needs = map(any, _lists(ctx.lengths, ctx.needs_input_grad[2:]))
+        to_cotangent = [None] * ctx.n
+        if cotangent_needs:
+            to_cotangent = _update(_update([], by_grad, lr, sizes) if to_grad else [], grad, by_lr, sizes)
+        others = _wanted(cotangent, by_grad, by_lr, sizes, grad_needs, to_grad and lr_needs)
+        return None, None, *to_cotangent, *others[0], *others[1]
 
     @staticmethod
-    def jvp(ctx, _lengths, _sizes, *tangents):
+    def jvp(ctx, _lengths, _constants, *tangents):
         cotangent, grad, lr = _lists(ctx.lengths, ctx.saved_tensors)
-        dcotangent, dgrad, _ = _lists(ctx.lengths, tangents)
-        first = _rate_gradient(_or_zeros(dcotangent, cotangent), grad, lr, ctx.sizes)
-        second = _rate_gradient(cotangent, _or_zeros(dgrad, grad), lr, ctx.sizes)
+        dcotangent, dgrad, dlr = _lists(ctx.lengths, tangents)
+        first = _backward(_or_zeros(dcotangent, cotangent), grad, lr, *ctx.constants)
+        second = _backward(cotangent, _or_zeros(dgrad, grad), _or_zeros(dlr, lr), *ctx.constants)
         return tuple(a + b for a, b in zip(first, second))
 
 
@@ -304,9 +321,9 @@ library.define(
     vmap=lambda *args: _slices_or_leading(torch.ops.maml_ext.sgd_update, *args),
 )
 library.define(
-    "sgd_rate_gradient(Tensor[] cotangent, Tensor[] grad, Tensor[] lr, int[] sizes) -> Tensor[]",
-    formula=_rate_gradient_formula,
-    fake=_rate_gradient_fake,
-    autograd=_RateGradient.on_lists,
-    vmap=lambda *args: _slices(torch.ops.maml_ext.sgd_rate_gradient, *args),
+    "sgd_update_backward(Tensor[] cotangent, Tensor[] grad, Tensor[] lr, int[] sizes, bool to_grad) -> Tensor[]",
+    formula=_backward_formula,
+    fake=_backward_fake,
+    autograd=_Backward.on_lists,
+    vmap=lambda *args: _slices(torch.ops.maml_ext.sgd_update_backward, *args),
 )

@@ -242,7 +242,7 @@ Results<T> run_all(const Case& c, const Inputs<T>& in) {
   return results;
 }
 
-// The update and its rate gradient: rows apart and side by side, odd sizes, arrays that begin anywhere.
+// The update and its derivative: rows apart and side by side, odd sizes, arrays that begin anywhere.
 template <class T>
 Results<T> run_sgd_update(int64_t more) {
   Random random;
@@ -262,35 +262,45 @@ Results<T> run_sgd_update(int64_t more) {
                             {1, 1, 0, true, false, 0}};
   for (int64_t i = 0; i < more; i++)
     shapes.push_back({1, i % 9, 0, i % 2 == 0, true, i % 3 == 0});
-  std::vector<Segment<T>> updates, sums;
+  std::vector<Segment<T>> updates, derivatives, rates_only;
   for (const Shape& s : shapes) {
     const int64_t pitch = s.size + s.gap, extent = s.rows ? (s.rows - 1) * pitch + s.size : 0;
     const std::string name = std::to_string(updates.size());
     const int64_t rates = s.per_parameter ? s.size : 1;
     T *const first = array(extent, s.skip), *const grad = array(extent, s.skip), *const lr = array(rates, s.skip);
-    Segment<T> segment{first, grad, lr, nullptr, s.rows, s.size, pitch, s.per_parameter};
-    sums.push_back(segment);
-    sums.back().out = results.add("sgd_rate_gradient " + name, rates, s.size == 0);
+    Segment<T> segment{first, grad, lr, nullptr, nullptr, s.rows, s.size, pitch, s.per_parameter};
+    segment.rate_out = results.add("gradient of rates alone " + name, rates, s.size == 0);
+    rates_only.push_back(segment);
+    segment.rate_out = results.add("gradient of rates " + name, rates, s.size == 0);
+    segment.out = results.add("gradient of grad " + name, extent);
+    derivatives.push_back(segment);
     if (!s.first) segment.first = nullptr;
     segment.out = results.add("sgd_update " + name, extent);
     updates.push_back(segment);
   }
-  std::vector<double> workspace(rate_gradient_workspace(sums.data(), sums.size()), NAN);
   require(sgd_update(updates.data(), updates.size(), nullptr), "sgd_update");
-  require(sgd_rate_gradient(sums.data(), sums.size(), workspace.data(), nullptr), "sgd_rate_gradient");
+  for (auto* segments : {&derivatives, &rates_only}) {
+    std::vector<double> workspace(backward_workspace(segments->data(), segments->size()), NAN);
+    require(sgd_update_backward(segments->data(), segments->size(), workspace.data(), nullptr), "sgd_update_backward");
+  }
   for (size_t i = 0; i < updates.size(); i++) {
-    const Segment<T>&update = updates[i], &sum = sums[i];
-    std::vector<double> expected(sum.per_parameter ? sum.size : 1);
+    const Segment<T>&update = updates[i], &derivative = derivatives[i];
+    std::vector<double> expected(update.per_parameter ? update.size : 1);
     for (int64_t at = 0, r = 0; r < update.rows; at += update.pitch - update.size, r++)
       for (int64_t k = 0; k < update.size; k++, at++) {
         const int64_t rate = update.per_parameter ? k : 0;
         const double out = (update.first ? update.first[at] : 0) - double(update.lr[rate]) * update.grad[at];
         require(std::abs(update.out[at] - out) < 1e-6, "sgd_update " + std::to_string(i) + " and a loop");
-        expected[rate] -= double(sum.first[at]) * sum.grad[at];
+        const double to_grad = -double(update.lr[rate]) * derivative.first[at];
+        require(std::abs(derivative.out[at] - to_grad) < 1e-6, "gradient of grad " + std::to_string(i) + " and a loop");
+        expected[rate] -= double(derivative.first[at]) * derivative.grad[at];
       }
-    for (size_t k = 0; k < expected.size(); k++)
-      require(std::abs(sum.out[k] - expected[k]) < 1e-5 * (1 + std::abs(expected[k])),
-              "sgd_rate_gradient " + std::to_string(i) + " and a loop");
+    for (size_t k = 0; k < expected.size(); k++) {
+      const T found = derivative.rate_out[k];
+      require(found == rates_only[i].rate_out[k], "gradients of rates, alone or not " + std::to_string(i));
+      require(std::abs(found - expected[k]) < 1e-5 * (1 + std::abs(expected[k])),
+              "gradient of rates " + std::to_string(i) + " and a loop");
+    }
   }
   return results;
 }
