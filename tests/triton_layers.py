@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from conftest import relative_error
 from torch.func import jvp, vjp
 from triton_tools import device, guarded
 
@@ -84,6 +85,12 @@ def compare(found, expected, tolerance=1e-11):
         torch.testing.assert_close(
             value, expected[name].view_as(value), rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}"
         )
+
+
+def as_accurate(found, eager, expected):
+    for name, value in found.items():
+        error, limit = (relative_error(v.view_as(expected[name]), expected[name]) for v in (value, eager[name]))
+        assert error <= 2 * max(limit, torch.finfo(value.dtype).eps), name
 
 
 def told(case, fields):
