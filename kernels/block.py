@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,8 +32,22 @@ from torch import Tensor
 from .activation import activate, jet, through
 from .geometry import Activation, Number, Partials, Slice, Statistics
 from .launch import launch, size
-from .numbers import add, advance, expand, inverse_root, load, multiply, scale, select, shift, store, subtract, total
-from .numbers import zeros, zeros_like
+from .numbers import (
+    add,
+    advance,
+    expand,
+    inverse_root,
+    load,
+    multiply,
+    scale,
+    select,
+    shift,
+    store,
+    subtract,
+    total,
+    zeros,
+    zeros_like,
+)
 from .statistics import RANGES, collect
 
 PROGRAMS = 528  # of a launch, where there is enough to do: four for each processor of an H100
@@ -95,6 +108,15 @@ def normalise(x, mean, root, weight, bias):
 
 
 @triton.jit
+def _place(rows, part_rows, channels, CHANNELS: tl.constexpr):
+    """What this program does: of which task, which part of the rows, which channels; are there so many."""
+    tiles, parts = tl.cdiv(channels, CHANNELS), tl.cdiv(rows, part_rows)
+    pid = tl.program_id(0)
+    channel = pid % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    return (pid // tiles // parts).to(tl.int64), pid // tiles % parts, channel, channel < channels
+
+
+@triton.jit
 def _forward(
     x, moments, weight, bias, z, saved, samples, h, w, channels, out_h, out_w, part_rows,
     NORM: tl.constexpr, EPS: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, POOL: tl.constexpr,
@@ -103,11 +125,7 @@ def _forward(
 ):  # fmt: skip
     dtype: tl.constexpr = x[0].dtype.element_ty
     rows = samples * out_h * out_w
-    tiles, parts = tl.cdiv(channels, CHANNELS), tl.cdiv(rows, part_rows)
-    pid = tl.program_id(0)
-    task, part, tile = (pid // tiles // parts).to(tl.int64), pid // tiles % parts, pid % tiles
-    channel = tile * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < channels
+    task, part, channel, inside = _place(rows, part_rows, channels, CHANNELS)
     mean, root = None, None
     if NORM == "batch":
         counts, means, m2s, chunks = moments
@@ -145,6 +163,14 @@ def _forward(
 
 
 @triton.jit
+def store_sums(partials, line, channels, channel, inside, x):
+    """Of a tile over its rows, in a line of the partial sums [splits x T, C], if they are wanted."""
+    if partials is not None:
+        pointers, offset = partials
+        store(advance(pointers, line * channels + offset), channel, expand(total(x, 0), 0), inside)
+
+
+@triton.jit
 def sums_of(partials, splits, tasks, task, channel, inside, channels, dtype: tl.constexpr):
     """Partial sums [splits, T, C], added up, as a row."""
     split = tl.expand_dims(tl.arange(0, _RANGES), 1)
@@ -167,11 +193,7 @@ def _backward(
     dtype: tl.constexpr = x[0].dtype.element_ty
     cells_h, cells_w = tl.cdiv(h, SH), tl.cdiv(w, SW)
     rows = samples * cells_h * cells_w
-    tiles, parts = tl.cdiv(channels, CHANNELS), tl.cdiv(rows, part_rows)
-    pid = tl.program_id(0)
-    task, part, tile = (pid // tiles // parts).to(tl.int64), pid // tiles % parts, pid % tiles
-    channel = tile * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < channels
+    task, part, channel, inside = _place(rows, part_rows, channels, CHANNELS)
     mean, root = None, None
     if NORM == "batch":
         at = task * 2 * channels + channel
@@ -250,11 +272,9 @@ def _backward(
                         dy = add(dy, load(dx, offset, there, dtype))
                     store(dx, offset, dy, there)
     if SUM:
-        at = (part * tasks + task) * channels + channel
-        if to_bias is not None:
-            store(advance(to_bias[0], to_bias[1]), at, total(sum_dy, 0), inside)
-        if to_weight is not None:
-            store(advance(to_weight[0], to_weight[1]), at, total(sum_slope, 0), inside)
+        channel, inside = tl.expand_dims(channel, 0), tl.expand_dims(inside, 0)
+        store_sums(to_bias, part * tasks + task, channels, channel, inside, sum_dy)
+        store_sums(to_weight, part * tasks + task, channels, channel, inside, sum_slope)
 
 
 def tile_of(channels: int, itemsize: int = 4) -> tuple[int, int]:

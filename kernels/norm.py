@@ -1,4 +1,4 @@
-"""Norms over each sample, with an activation behind: layer norm (one group), group norm, instance norm (a group a channel).
+"""Norms over each sample and an activation: layer norm (one group), group norm, instance norm (a group a channel).
 
     y = gamma x^ + beta, x^ = (x - mean) r, r = 1 / sqrt(variance + eps)        z = activation(y)
 
@@ -24,11 +24,25 @@ import triton
 import triton.language as tl
 
 from .activation import activate, through
-from .block import argument_of, normalise, parameter, parts_of, rows_of_part, tile_of
+from .block import argument_of, normalise, parameter, parts_of, rows_of_part, store_sums, tile_of
 from .geometry import Activation, Number, Partials, Slice
 from .launch import launch, size
-from .numbers import add, advance, expand, inverse_root, load, multiply, scale, select, shift, store, subtract, total
-from .numbers import zeros, zeros_like
+from .numbers import (
+    add,
+    advance,
+    expand,
+    inverse_root,
+    load,
+    multiply,
+    scale,
+    select,
+    shift,
+    store,
+    subtract,
+    total,
+    zeros,
+    zeros_like,
+)
 from .statistics import RANGES, merge, moments
 
 
@@ -47,7 +61,7 @@ class Norm:
 
 @triton.jit
 def _places(first, column, extent, channels, groups, ELEMENTWISE: tl.constexpr, ELEMENTS: tl.constexpr):
-    """Of elements ``first`` and following of groups: where they lie in the task's values, in weights, and if they are."""
+    """Of elements of groups, ``first`` and following: where they lie in the task's values and in weights; a mask."""
     width = channels // groups
     element = tl.expand_dims(first + tl.arange(0, ELEMENTS), 1)
     column = tl.expand_dims(column, 0)
@@ -104,8 +118,8 @@ def _to_x(
     columns, extent = samples * groups, positions * (channels // groups)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = tl.expand_dims(column < columns, 0)
-    at = task * 2 * columns + tl.expand_dims(column, 0)
-    mean, root = load(saved, at, inside, dtype), load(saved, at + columns, inside, dtype)
+    kept = task * 2 * columns + tl.expand_dims(column, 0)
+    mean, root = load(saved, kept, inside, dtype), load(saved, kept + columns, inside, dtype)
     x, dz = advance(x, task * columns * extent), advance(dz, task * columns * extent)
     dx = advance(dx, task * columns * extent)
     zero = (tl.zeros([ELEMENTS, COLUMNS], dtype),)
@@ -168,11 +182,8 @@ def _to_parameters(
         normal, y = normalise(load(x, at, mask, dtype), mean, root, gamma, beta)
         dy = select(mask, through(load(dz, at, mask, dtype), y, A, B, KIND), zero)
         sum_dy, sum_slope = add(sum_dy, dy), add(sum_slope, multiply(dy, normal))
-    at, inside = (part * tasks + task) * width + channel, inside
-    if to_bias is not None:
-        store(advance(to_bias[0], to_bias[1]), at, expand(total(sum_dy, 0), 0), inside)
-    if to_weight is not None:
-        store(advance(to_weight[0], to_weight[1]), at, expand(total(sum_slope, 0), 0), inside)
+    store_sums(to_bias, part * tasks + task, width, channel, inside, sum_dy)
+    store_sums(to_weight, part * tasks + task, width, channel, inside, sum_slope)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ pytestmark = needs_triton
 block = pytest.importorskip("maml_ext.kernels.block")
 from maml_ext.kernels import statistics  # noqa: E402
 from maml_ext.kernels.geometry import Slice, Statistics  # noqa: E402
-from triton_layers import ACTIVATIONS, Memory, as_accurate, compare, derived, gradients, pair, told  # noqa: E402
+from triton_layers import ACTIVATIONS, Memory, adds_or_leaves_out, as_accurate, compare, derived, gradients, pair, told  # noqa: E402
 
 EPS = 1e-2
 
@@ -103,7 +103,7 @@ def kernels(case, x, weight, bias, mean, variance, sample_weight, dz, plain=Fals
     moments = saved = None
     if case.norm == "batch":
         chunks = statistics.ranges(n * h * w)
-        mean, m2 = ([tuple(torch.empty(t, chunks, c, dtype=case.dtype, device=device) for _ in x) for _ in range(2)])
+        mean, m2 = [tuple(torch.empty(t, chunks, c, dtype=case.dtype, device=device) for _ in x) for _ in range(2)]
         moments = Statistics(torch.empty(t, chunks, dtype=case.dtype, device=device), mean, m2)
         statistics.measure(x, moments, sample_weight, t, n, h * w, c)
         saved = memory.number(t, 2, c)[: len(x)]
@@ -179,13 +179,7 @@ def test_values_gradients_and_tangents(case):
 def test_gradient_is_added_or_left_out(norm):
     case = Case(norm, "gelu", "max", (2, 2, 2, 2))
     inputs = make(case)
-    before = pair(*case.shape, dtype=case.dtype)
-    alone, added = kernels(case, *inputs), kernels(case, *inputs, accumulate=before)
-    for part in range(2):
-        torch.testing.assert_close(added[part].pop("x"), alone[part].pop("x") + before[part], rtol=1e-14, atol=1e-14)
-        for others in (added, kernels(case, *inputs, with_dx=False)):
-            assert others[part].keys() == alone[part].keys()
-            assert all(torch.equal(others[part][name], alone[part][name]) for name in alone[part])
+    adds_or_leaves_out(lambda **how: kernels(case, *inputs, **how), pair(*case.shape, dtype=case.dtype))
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
+from maml_ext.kernels.activation import IDENTITY
+from maml_ext.kernels.geometry import Activation, Partials, Slice
 from torch.func import jvp, vjp
 from triton_tools import device, guarded
 
-from maml_ext.kernels.activation import IDENTITY
-from maml_ext.kernels.geometry import Activation, Partials, Slice
 from maml_ext.program import Activation as Kind
 
 ACTIVATIONS = {
@@ -25,7 +25,7 @@ def pair(*shape, dtype, moving=True):
 
 
 def derived(formula, x, weight, bias, dz, dtype=torch.float64):
-    """Of z = formula(x, weight, bias): z and gradients by name, and the tangents of all; arguments are pairs or None."""
+    """Of z = formula(x, weight, bias), z and gradients by name, and the tangents of all. Arguments: pairs or None."""
     present = [p for p in (x, weight, bias, dz) if p is not None]
     values, directions = (tuple(p[part].to(dtype) for p in present) for part in (0, 1))
 
@@ -91,6 +91,16 @@ def as_accurate(found, eager, expected):
     for name, value in found.items():
         error, limit = (relative_error(v.view_as(expected[name]), expected[name]) for v in (value, eager[name]))
         assert error <= 2 * max(limit, torch.finfo(value.dtype).eps), name
+
+
+def adds_or_leaves_out(run, before):
+    """Whether run(accumulate=, with_dx=) adds dx to what is there, or writes none, and nothing else changes."""
+    alone, added, without = run(), run(accumulate=before), run(with_dx=False)
+    for part in range(2):
+        torch.testing.assert_close(added[part].pop("x"), alone[part].pop("x") + before[part], rtol=1e-14, atol=1e-14)
+        for others in (added[part], without[part]):
+            assert others.keys() == alone[part].keys()
+            assert all(torch.equal(others[name], alone[part][name]) for name in others)
 
 
 def told(case, fields):
