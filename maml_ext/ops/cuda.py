@@ -8,20 +8,15 @@ arguments as the engines in C++ do and makes results.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 
 from . import library
 
 
-@cache
 def triton_absent() -> str | None:
     """Why there is no Triton engine; None where there is one, a device or not."""
-    if library.ABSENT:
-        return library.ABSENT
-    return None if find_spec("triton") else "triton is not installed"
+    return library.ABSENT or library.triton_absent()  # the binary checks what it is given
 
 
 def absent() -> str | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -32,8 +34,15 @@ def cuda_absent() -> str | None:
     """Why there are no CUDA kernels in what is installed; None where there are some, a device or not."""
     if ABSENT:
         return ABSENT
-    built = torch._C._dispatch_has_kernel_for_dispatch_key("maml_ext::sgd_update", "CUDA")
+    name, key = "maml_ext::cuda_architectures", "CompositeExplicitAutograd"
+    built = torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
     return None if built else CUDA_ABSENT
+
+
+@cache
+def triton_absent() -> str | None:
+    """Why no kernels in Triton can run on any device; None where some can. Imports nothing."""
+    return None if find_spec("triton") else "triton is not installed"
 
 
 def warn_if_absent() -> None:

@@ -327,3 +327,24 @@ library.define(
     autograd=_Backward.on_lists,
     vmap=lambda *args: _slices(torch.ops.maml_ext.sgd_update_backward, *args),
 )
+
+
+# On CUDA devices, where the binary has no kernels for them: kernels/sgd.py.
+
+
+def _by_triton(name: str, first: str, formula: Callable) -> Callable:
+    def kernel(tensors, grad, lr, sizes, *options):
+        _check_raw(tensors or grad, grad, lr, sizes, first)
+        if grad[0].dtype not in KERNEL_DTYPES:
+            return formula(tensors, grad, lr, sizes, *options)
+        from maml_ext.kernels import sgd
+
+        with torch.cuda.device(grad[0].device):
+            return getattr(sgd, name)(tensors, grad, lr, sizes, *options)
+
+    return kernel
+
+
+if library.cuda_absent() and not library.triton_absent():
+    library.implement("sgd_update", _by_triton("update", "theta", _update_formula), "CUDA")
+    library.implement("sgd_update_backward", _by_triton("backward", "cotangent", _backward_formula), "CUDA")
