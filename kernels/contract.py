@@ -334,28 +334,25 @@ def _parameter_bytes(parameter: Slice | None, elements: int, tasks: int) -> int:
 
 
 PROCESSORS = 132  # of the devices that shapes of launches are chosen for, about
+STAGES = 3  # steps that are loaded ahead
 
-_MOST = {  # rows, width and depth of a tile, and how many of its elements a warp has: what fits into registers
-    "float64": (32, 32, 16, 256),
-    "ieee": (64, 64, 8, 512),
-    "tensor cores": (64, 64, 32, 512),
-}
+_MOST = {"float64": (32, 32, 16), "ieee": (64, 64, 8), "tensor cores": (64, 64, 16)}  # rows, width, depth
 
 
 def _tile(batch: int, rows: int, width: int, depth: int, dtype: torch.dtype, precision: str):
-    """Rows and width of a result's tile, the depth of a step, and warps.
+    """Rows and width of a result's tile, the depth of a step, and warps: what fits into registers, with tangents too.
 
-    Those of the table; smaller for small results, or where so many programs would leave processors idle. Then steps
-    are deeper, up to 128 bytes of a row.
+    The tile of the table; smaller for small results, or where so many programs would leave processors idle. The
+    smallest have deeper steps, up to 128 bytes of a row.
     """
     kind = "float64" if dtype == torch.float64 else "ieee" if precision == "ieee" else "tensor cores"
-    high, wide, deep, share = _MOST[kind]
+    high, wide, deep = _MOST[kind]
     most = high * wide
     high, wide = (min(m, max(16, triton.next_power_of_2(n))) for m, n in ((high, rows), (wide, width)))
     while high * wide > 512 and batch * triton.cdiv(rows, high) * triton.cdiv(width, wide) < PROCESSORS:
         high, wide = (high // 2, wide) if high >= wide else (high, wide // 2)
-    deep = max(deep, min(128 // dtype.itemsize, deep * most // (2 * high * wide)))
-    return high, wide, min(deep, max(16, triton.next_power_of_2(depth))), max(4, high * wide // share)
+    deep = max(deep, min(128 // dtype.itemsize, deep * most // (4 * high * wide)))
+    return high, wide, min(deep, max(16, triton.next_power_of_2(depth))), 8 if high * wide > 1024 else 4
 
 
 def splits(window: Window, tasks: int, samples: int) -> int:
@@ -390,7 +387,7 @@ def forward(
         z, sample_weight if statistics else None, *kept, _shape(w), weight.stride, weight.offset,
         bias.stride if bias else 0, bias.offset if bias else 0, samples, span, chunks, a=act.a, b=act.b, KIND=act.kind,
         ROWS=high, WIDTH=wide, DEPTH=deep, ALIGNED=inputs % deep == 0, PRECISION=precision,
-        flops=2 * tasks * samples * _pairs(w) * products, warps=warps,
+        flops=2 * tasks * samples * _pairs(w) * products, warps=warps, stages=STAGES,
         moved=size(x, y, z, *kept) + _parameter_bytes(weight, length * w.out_c, tasks)
         + _parameter_bytes(bias, w.out_c, tasks),
     )  # fmt: skip
@@ -432,4 +429,5 @@ def backward(
         ALIGNED=outputs % deep == 0, PART_ROWS=part_high, PART_WIDTH=part_wide, PART_DEPTH=part_deep,
         PART_ALIGNED=inputs % part_deep == 0, PRECISION=precision,
         flops=2 * tasks * samples * _pairs(w) * products, moved=moved, warps=max(warps if dx else 0, part_warps),
+        stages=STAGES,
     )  # fmt: skip

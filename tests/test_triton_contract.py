@@ -54,13 +54,18 @@ class Layer:
         self.before = self.random(x_parts, tasks, samples, w.in_h, w.in_w, w.in_c)
         self.dy = self.random(dy_parts, tasks, samples, w.out_h, w.out_w, w.out_c)
         self.weight_size = w.kh * w.kw * (w.in_c // w.groups) * w.out_c
-        self.parameters = self.random(parameter_parts, tasks, 3 + self.weight_size + w.out_c)
-        stride = self.parameters[0].shape[1]
+        stride = 3 + self.weight_size + w.out_c
+        self.parameters = self.random(parameter_parts, tasks, stride)
+        for numbers in self.parameters:
+            numbers[:, [0, 1, 2 + self.weight_size]] = float("nan")  # between parameters
         self.weight = Slice(self.parameters, stride, 2)
         self.bias = Slice(self.parameters, stride, 3 + self.weight_size)
 
     def random(self, parts, *shape):
-        return tuple(torch.randn(shape, dtype=self.dtype, device=device) for _ in range(parts))
+        """Between NaNs: what is read out of bounds is seen."""
+        extent = torch.Size(shape).numel()
+        memory = torch.full((parts, 64 + extent + 64), float("nan"), dtype=self.dtype, device=device)
+        return tuple(m[64 : 64 + extent].normal_().view(shape) for m in memory)
 
     def empty(self, parts, *shape, fill=float("nan")):
         made = [guarded(*shape, dtype=self.dtype, fill=fill) for _ in range(parts)]
@@ -146,16 +151,29 @@ def test_backward(case):
 
 @pytest.mark.parametrize("parts", [(1, 1, 1), (1, 2, 2), (2, 1, 1), (2, 1, 2), (1, 1, 2)], ids=str)
 def test_what_has_no_tangent(parts):
-    """And what follows for the work that is done."""
-    made, launches = Layer(*CASES["groups"], parts), []
-    with watched(lambda launched: launches.append(launched) or True):
-        y, _ = made.forward()
-        gradients = made.backward()
-    close(y, made.expected_forward())
-    for found, expected in zip(gradients, made.expected_backward()):
+    made = Layer(*CASES["groups"], parts)
+    close(made.forward()[0], made.expected_forward())
+    for found, expected in zip(made.backward(), made.expected_backward()):
         close(found, expected)
-    one = launches[0].flops // (sum(parts[:2]) - 1)
-    assert launches[1].flops == one * (sum(parts[1:]) - 1 + parts[0] + parts[2] - 1)
+
+
+@pytest.mark.parametrize("parts", [(1, 1, 1), (1, 2, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_work(case, parts):
+    """The products that are not with padding, twice, once for each pair of parts but of two tangents; and the bytes."""
+    made, launches = Layer(*CASES[case], parts), []
+    with watched(lambda launched: launches.append(launched)):
+        made.forward()
+        made.backward()
+    x, weight, bias = made.operands()[0]
+    y = layer(made.window)(torch.ones_like(x), torch.ones_like(weight), torch.zeros_like(bias))
+    pairs, (of_x, of_weight, of_dy) = 2 * int(y.sum()), parts
+    most = max(parts)
+    assert launches[0].flops == pairs * (of_x + of_weight - 1)
+    assert launches[1].flops == pairs * (of_dy + of_weight - 1 + of_dy + of_x - 1)
+    x, weight, bias, y = (tensor.nbytes for tensor in (x, weight, bias, y))
+    assert launches[0].moved == x * of_x + (weight + bias) * of_weight + y * most
+    assert launches[1].moved == x * (of_x + most) + weight * (of_weight + most) + bias * most + y * of_dy
 
 
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)], ids=str)
@@ -214,15 +232,13 @@ def error(found, expected):
 
 
 @pytest.mark.parametrize("precision, tolerance", [("ieee", None), ("fp16", 2e-3), ("bf16", 1e-2)])
-def test_float32(precision, tolerance):
+def test_float32(precision, tolerance, monkeypatch):
     """ieee: at most twice eager's error. Small gradients, and tangents, are no less precise in float16."""
     window, tasks, samples = CASES["wide"]
+    monkeypatch.setattr(contract, "PROCESSORS", 1)  # tiles as for many tasks
     made = Layer(window, tasks, samples, dtype=torch.float32)
-    scales = (1.0, 1e-9)
-    made.x, made.parameters = made.x, (made.parameters[0], made.parameters[1] * scales[1])
-    made.x, made.before = (made.x[0], made.x[1] * scales[1]), made.before
-    made.dy = (made.dy[0] * 1e-6, made.dy[1] * 1e-15)
-    made.weight, made.bias = replace(made.weight, numbers=made.parameters), replace(made.bias, numbers=made.parameters)
+    for number, by in ((made.x[1], 1e-9), (made.parameters[1], 1e-9), (made.dy[0], 1e-6), (made.dy[1], 1e-15)):
+        number.mul_(by)
     exact = Layer(window, tasks, samples)
     exact.x, exact.dy, exact.parameters = ([n.double() for n in m] for m in (made.x, made.dy, made.parameters))
     pairs = zip(
