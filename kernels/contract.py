@@ -111,7 +111,8 @@ def _tap(k, COUNT: tl.constexpr, channels, ALIGNED: tl.constexpr):
     """Of COUNT contraction indices (tap, channel) from k on, as a row: tap, channel, and the flat index."""
     flat = k + tl.expand_dims(tl.arange(0, COUNT), 0)
     if ALIGNED:
-        return k // channels, k % channels + tl.expand_dims(tl.arange(0, COUNT), 0), flat
+        first = tl.multiple_of(k % channels, COUNT)  # which the compiler does not see, and reads single elements
+        return k // channels, first + tl.expand_dims(tl.arange(0, COUNT), 0), flat
     else:
         return flat // channels, flat % channels, flat
 
