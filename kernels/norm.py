@@ -60,13 +60,12 @@ class Norm:
 
 
 @triton.jit
-def _places(first, column, extent, channels, groups, ELEMENTWISE: tl.constexpr, ELEMENTS: tl.constexpr):
+def _places(first, column, extent, groups, WIDTH: tl.constexpr, ELEMENTWISE: tl.constexpr, ELEMENTS: tl.constexpr):
     """Of elements of groups, ``first`` and following: where they lie in the task's values and in weights; a mask."""
-    width = channels // groups
     element = tl.expand_dims(first + tl.arange(0, ELEMENTS), 1)
     column = tl.expand_dims(column, 0)
-    channel = column % groups * width + element % width
-    within = element // width * channels + channel
+    channel = column % groups * WIDTH + element % WIDTH
+    within = element // WIDTH * (groups * WIDTH) + channel
     at = column // groups * (extent * groups) + within
     if ELEMENTWISE:
         return at, within, element < extent
@@ -76,12 +75,12 @@ def _places(first, column, extent, channels, groups, ELEMENTWISE: tl.constexpr, 
 
 @triton.jit
 def _forward(
-    x, weight, bias, z, saved, samples, positions, channels, groups,
-    EPS: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ELEMENTWISE: tl.constexpr,
-    ELEMENTS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, weight, bias, z, saved, samples, positions, groups,
+    WIDTH: tl.constexpr, EPS: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    ELEMENTWISE: tl.constexpr, ELEMENTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x[0].dtype.element_ty
-    columns, extent = samples * groups, positions * (channels // groups)
+    columns, extent = samples * groups, positions * WIDTH
     tiles = tl.cdiv(columns, COLUMNS)
     pid = tl.program_id(0)
     task, tile = (pid // tiles).to(tl.int64), pid % tiles
@@ -91,7 +90,7 @@ def _forward(
     none = zeros_like(x, [COLUMNS], dtype)
     count, mean, m2 = tl.zeros([], dtype), none, none
     for first in range(0, extent, ELEMENTS):
-        at, affine, mask = _places(first, column, extent, channels, groups, ELEMENTWISE, ELEMENTS)
+        at, affine, mask = _places(first, column, extent, groups, WIDTH, ELEMENTWISE, ELEMENTS)
         here = load(x, at, mask & tl.expand_dims(inside, 0), dtype)
         more, more_mean, more_m2 = moments(here, first + tl.arange(0, ELEMENTS) < extent)
         count, mean, m2 = merge(count, mean, m2, more, more_mean, more_m2)
@@ -101,7 +100,7 @@ def _forward(
         store(saved, task * 2 * columns + columns + column, root, inside)
     mean, root = expand(mean, 0), expand(root, 0)
     for first in range(0, extent, ELEMENTS):
-        at, affine, mask = _places(first, column, extent, channels, groups, ELEMENTWISE, ELEMENTS)
+        at, affine, mask = _places(first, column, extent, groups, WIDTH, ELEMENTWISE, ELEMENTS)
         mask = mask & tl.expand_dims(inside, 0)
         gamma, beta = parameter(weight, task, affine, mask, dtype), parameter(bias, task, affine, mask, dtype)
         normal, y = normalise(load(x, at, mask, dtype), mean, root, gamma, beta)
@@ -110,12 +109,12 @@ def _forward(
 
 @triton.jit
 def _to_x(
-    x, saved, weight, bias, dz, dx, task, tile, samples, positions, channels, groups,
-    KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ELEMENTWISE: tl.constexpr, PARTS: tl.constexpr,
-    ELEMENTS: tl.constexpr, COLUMNS: tl.constexpr, ACCUMULATE: tl.constexpr,
+    x, saved, weight, bias, dz, dx, task, tile, samples, positions, groups,
+    WIDTH: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ELEMENTWISE: tl.constexpr,
+    PARTS: tl.constexpr, ELEMENTS: tl.constexpr, COLUMNS: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x[0].dtype.element_ty
-    columns, extent = samples * groups, positions * (channels // groups)
+    columns, extent = samples * groups, positions * WIDTH
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = tl.expand_dims(column < columns, 0)
     kept = task * 2 * columns + tl.expand_dims(column, 0)
@@ -125,7 +124,7 @@ def _to_x(
     zero = (tl.zeros([ELEMENTS, COLUMNS], dtype),)
     sum_h, sum_slope = zeros(PARTS, [ELEMENTS, COLUMNS], dtype), zeros(PARTS, [ELEMENTS, COLUMNS], dtype)
     for first in range(0, extent, ELEMENTS):
-        at, affine, mask = _places(first, column, extent, channels, groups, ELEMENTWISE, ELEMENTS)
+        at, affine, mask = _places(first, column, extent, groups, WIDTH, ELEMENTWISE, ELEMENTS)
         mask = mask & inside
         normal, h = _pulled(x, mean, root, weight, bias, dz, task, at, affine, mask, KIND, A, B, dtype)
         h = select(mask, h, zero)
@@ -133,7 +132,7 @@ def _to_x(
     share = tl.full([], 1.0, dtype) / extent
     mean_h, mean_slope = expand(scale(total(sum_h, 0), share), 0), expand(scale(total(sum_slope, 0), share), 0)
     for first in range(0, extent, ELEMENTS):
-        at, affine, mask = _places(first, column, extent, channels, groups, ELEMENTWISE, ELEMENTS)
+        at, affine, mask = _places(first, column, extent, groups, WIDTH, ELEMENTWISE, ELEMENTS)
         mask = mask & inside
         normal, h = _pulled(x, mean, root, weight, bias, dz, task, at, affine, mask, KIND, A, B, dtype)
         gradient = multiply(root, subtract(h, add(mean_h, multiply(normal, mean_slope))))
@@ -158,15 +157,15 @@ def _pulled(
 
 @triton.jit
 def _to_parameters(
-    x, saved, weight, bias, dz, to_weight, to_bias, task, part, tile, tasks, samples, rows, positions, width, channels,
-    groups, part_rows, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    x, saved, weight, bias, dz, to_weight, to_bias, task, part, tile, tasks, samples, rows, positions, width, groups,
+    part_rows, WIDTH: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Rows are [samples, positions] of channels, or with weights per element [samples] of them."""
     dtype: tl.constexpr = x[0].dtype.element_ty
     channel = tl.expand_dims(tile * CHANNELS + tl.arange(0, CHANNELS), 0)
     inside = channel < width
-    group = channel % channels // (channels // groups)
+    group = channel % (groups * WIDTH) // WIDTH
     gamma, beta = parameter(weight, task, channel, inside, dtype), parameter(bias, task, channel, inside, dtype)
     x, dz = advance(x, task * rows * width), advance(dz, task * rows * width)
     saved = advance(saved, task * 2 * samples * groups)
@@ -188,10 +187,10 @@ def _to_parameters(
 
 @triton.jit
 def _backward(
-    x, saved, weight, bias, dz, dx, to_weight, to_bias, programs, tasks, samples, positions, channels, groups,
+    x, saved, weight, bias, dz, dx, to_weight, to_bias, programs, tasks, samples, positions, groups,
     splits, part_rows,
-    KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ELEMENTWISE: tl.constexpr, PARTS: tl.constexpr,
-    ELEMENTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ELEMENTWISE: tl.constexpr,
+    PARTS: tl.constexpr, ELEMENTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """The first ``programs`` write dx, the others the parameters' sums."""
@@ -200,19 +199,19 @@ def _backward(
         if dx is not None:
             tiles = tl.cdiv(samples * groups, COLUMNS)
             _to_x(
-                x, saved, weight, bias, dz, dx, (pid // tiles).to(tl.int64), pid % tiles, samples, positions, channels,
-                groups, KIND, A, B, ELEMENTWISE, PARTS, ELEMENTS, COLUMNS, ACCUMULATE,
+                x, saved, weight, bias, dz, dx, (pid // tiles).to(tl.int64), pid % tiles, samples, positions, groups,
+                WIDTH, KIND, A, B, ELEMENTWISE, PARTS, ELEMENTS, COLUMNS, ACCUMULATE,
             )  # fmt: skip
     elif to_weight is not None or to_bias is not None:
-        rows, per_row, width = samples * positions, positions, channels
+        rows, per_row, width = samples * positions, positions, groups * WIDTH
         if ELEMENTWISE:
-            rows, per_row, width = samples, 1, positions * channels
+            rows, per_row, width = samples, 1, positions * groups * WIDTH
         pid -= programs
         tiles = tl.cdiv(width, CHANNELS)
         _to_parameters(
             x, saved, weight, bias, dz, to_weight, to_bias, (pid // tiles // splits).to(tl.int64),
-            pid // tiles % splits, pid % tiles, tasks, samples, rows, per_row, width, channels, groups, part_rows,
-            KIND, A, B, PARTS, ROWS, CHANNELS,
+            pid // tiles % splits, pid % tiles, tasks, samples, rows, per_row, width, groups, part_rows,
+            WIDTH, KIND, A, B, PARTS, ROWS, CHANNELS,
         )  # fmt: skip
 
 
@@ -239,8 +238,8 @@ def splits(norm: Norm, tasks: int, samples: int) -> int:
 def _constants(norm: Norm, samples: int, itemsize: int) -> dict:
     elements, columns = _tile(norm, samples, itemsize)
     return dict(
-        KIND=norm.activation.kind, A=norm.activation.a, B=norm.activation.b, ELEMENTWISE=norm.elementwise,
-        ELEMENTS=elements, COLUMNS=columns,
+        WIDTH=norm.c // norm.groups, KIND=norm.activation.kind, A=norm.activation.a, B=norm.activation.b,
+        ELEMENTWISE=norm.elementwise, ELEMENTS=elements, COLUMNS=columns,
     )  # fmt: skip
 
 
@@ -252,7 +251,7 @@ def forward(
     constants = _constants(norm, samples, x[0].element_size())
     launch(
         _forward, tasks * triton.cdiv(samples * norm.groups, constants["COLUMNS"]), x, argument_of(weight),
-        argument_of(bias), z, saved, samples, norm.h * norm.w, norm.c, norm.groups, EPS=norm.eps, **constants,
+        argument_of(bias), z, saved, samples, norm.h * norm.w, norm.groups, EPS=norm.eps, **constants,
         flops=10 * x[0].numel() * len(x), moved=size(x, z, saved),
     )  # fmt: skip
 
@@ -275,7 +274,7 @@ def backward(
     passes = (dx is not None) + (sum_programs > 0)
     launch(
         _backward, programs + sum_programs, x, saved, argument_of(weight), argument_of(bias), dz, dx, *sums, programs,
-        tasks, samples, norm.h * norm.w, norm.c, norm.groups, parts, rows_of_part(rows, tasks, width, RANGES),
+        tasks, samples, norm.h * norm.w, norm.groups, parts, rows_of_part(rows, tasks, width, RANGES),
         **constants, PARTS=number_parts, ROWS=tile_rows, CHANNELS=tile_width, ACCUMULATE=accumulate,
         flops=10 * x[0].numel() * number_parts * passes,
         moved=size(x, dz) * passes + size(saved, dx, dx if accumulate else None) + written,
