@@ -149,7 +149,7 @@ def _forward(
         corner = ((row // (out_h * out_w) * h + row // out_w % out_h * SH) * w + row % out_w * SW) * channels
         corner = tl.expand_dims(corner, 1) + tl.expand_dims(channel, 0)
         pooled = zeros(PARTS, [ROWS, CHANNELS], dtype)
-        for e in range(KH * KW):
+        for e in tl.range(0, KH * KW, loop_unroll_factor=2):  # more loads under way at once
             here = load(x, corner + (e // KW * w + e % KW) * channels, mask, dtype)
             normal, y = normalise(here, mean, root, gamma, beta)
             value = activate(y, A, B, KIND)
