@@ -4,7 +4,7 @@
 
 Nothing between x and z is kept: the backward pass reads x again and computes y anew. What it reads instead are two
 numbers a channel, mean and r. A program has a range of rows of one task and a tile of channels; it merges the partial
-statistics of its channels first (they are few, see ``statistics.py``), then goes over its rows tile by tile, in
+statistics of its channels first (no more than it has of x, see ``forward``), then goes over its rows tile by tile, in
 registers, and of a window one position after the other. With dy the gradient at y, x^ = (x - mean) r and m the number
 of rows that count,
 
@@ -330,8 +330,8 @@ def forward(
     if isinstance(statistics, Statistics):
         read = (statistics.count, statistics.mean, statistics.m2)
         moments = (*read, statistics.count.shape[1])
-        # What a program merges is at most half of what it normalises.
-        most = max(1, samples * block.h * block.w // (4 * statistics.count.shape[1]))
+        # What a program merges is no more than what it normalises.
+        most = max(1, samples * block.h * block.w // (2 * statistics.count.shape[1]))
     elif statistics:
         moments = tuple(argument_of(s) for s in statistics)
         read = tuple(s.numbers for s in statistics)
@@ -379,8 +379,8 @@ def backward(
 
     if batch:
         start(True, None, RANGES)
-        if dx is not None:  # again, what a program adds up is at most half of what it normalises
-            start(False, dx, max(1, samples * block.h * block.w // (4 * parts)))
+        if dx is not None:  # again, it adds up no more than it normalises
+            start(False, dx, max(1, samples * block.h * block.w // (2 * parts)))
     elif summing:
         start(True, dx, RANGES)
     elif dx is not None:
