@@ -50,7 +50,7 @@ def check_layer(f, inputs, forward, backward, moving=None):
         exact = both_ways(f, tuple(given[:n]), tuple(given[n : 2 * n]), *given[2 * n :])
         eager = both_ways(f, tuple(x), tuple(x_t), dz, dz_t)
         for parts in (1, 2):
-            for accumulate in (False, True):
+            for accumulate in (False, True) if dtype == torch.float64 else (False,):
                 numbers = [(a, b)[: parts if moves else 1] for a, b, moves in zip(x, x_t, moving)]
                 made = [[guarded(*t.shape, dtype=dtype) for _ in range(parts)] for t in (dz, *x)]
                 z, *to = results = [tuple(tensor for tensor, _ in number) for number in made]
