@@ -6,10 +6,10 @@ it has; for labels the class weights of those that count)
     L = sum w_n l_n / Z        Z = sum w_n z_n        dL/dw_n = (l_n - L z_n) / Z
 
 One program a task: it first sums up Z, then passes over tiles [samples, positions, classes], with losses and gradients
-in registers. Cross entropy reads its tile three times (largest prediction, sum of exponentials, gradients), of which
-only the first comes from memory, where classes do not fit into a tile as where they do. A sample of weight 0 is left
-out, whatever is in it, except where the gradient by its weight is asked for. A label that is no class makes all of its
-task NaN, and is never an index.
+in registers. Cross entropy goes over its classes several times (``exponentials`` of softmax.py, masses, gradients), of
+which only the first reads memory, the others the cache: so there may be more classes than a tile has. A sample of
+weight 0 is left out, whatever is in it, except where the gradient by its weight is asked for. A label that is no class
+makes all of its task NaN, and is never an index.
 
 It moves predictions and targets once and each gradient once, with about 10 operations an element.
 """
@@ -45,6 +45,7 @@ from .numbers import (
     total,
     zeros_like,
 )
+from .softmax import exponentials
 
 _MSE, _HUBER, _LABELS, _SOFT_LABELS, _BINARY = (tl.constexpr(int(kind)) for kind in LossKind if kind >= 0)
 
@@ -88,8 +89,8 @@ def _elements(
     dtype: tl.constexpr = prediction[0].dtype.element_ty
     zero = tl.zeros([], dtype)
     for first in range(0, classes, CLASSES):
-        k = first + tl.arange(0, CLASSES)[None, None, :]
-        at = place * classes + k
+        k = first + tl.arange(0, CLASSES)
+        at = place + k
         read = counted & (k < classes)
         term, by_prediction, by_target = _term(
             load(prediction, at, read, dtype), load(y, at, read, dtype), PARAMETER, KIND
@@ -122,28 +123,19 @@ def _cross_entropy(
     """Like ``_elements``; a term is - sum_k m_k log p_k, with masses m. ``right``: the class that is the label."""
     dtype: tl.constexpr = prediction[0].dtype.element_ty
     zero = tl.zeros([], dtype)
-    rows: tl.constexpr = [place.shape[0], place.shape[1]]
-    top = tl.full(rows, -float("inf"), dtype)
-    for first in range(0, classes, CLASSES):
-        k = first + tl.arange(0, CLASSES)[None, None, :]
-        p = tl.load(prediction[0] + place * classes + k, counted & (k < classes), 0.0).to(dtype)
-        top = tl.maximum(top, tl.max(tl.where(k < classes, p, -float("inf")), 2))
-    down = -tl.expand_dims(top, 2)
-    sums, masses = zeros_like(prediction, rows, dtype), (tl.zeros(rows, dtype),)
+    top, sums = exponentials(prediction, place, counted, classes, CLASSES)
+    log_sum, masses = logarithm(sums), (tl.zeros(place.shape, dtype),)
     if y is not None:
-        masses = zeros_like(y, rows, dtype)
+        masses = zeros_like(y, place.shape, dtype)
     for first in range(0, classes, CLASSES):
-        k = first + tl.arange(0, CLASSES)[None, None, :]
-        at, read = place * classes + k, counted & (k < classes)
-        e = exponential(shift(load(prediction, at, read, dtype), down))
-        sums = add(sums, total(select(k < classes, e, (zero,)), 2))
-        weight, mass = _mass(y, class_weight, right, at, k, read, classes, dtype, SHARP, SMOOTH)
-        masses = add(masses, total(mass, 2))
-    log_sum, masses = expand(logarithm(sums), 2), expand(masses, 2)
+        k = first + tl.arange(0, CLASSES)
+        read = counted & (k < classes)
+        weight, mass = _mass(y, class_weight, right, place + k, k, read, classes, dtype, SHARP, SMOOTH)
+        masses = add(masses, expand(total(mass, 2), 2))
     for first in range(0, classes, CLASSES):
-        k = first + tl.arange(0, CLASSES)[None, None, :]
-        at, read = place * classes + k, counted & (k < classes)
-        log_p = subtract(shift(load(prediction, at, read, dtype), down), log_sum)
+        k = first + tl.arange(0, CLASSES)
+        at, read = place + k, counted & (k < classes)
+        log_p = subtract(shift(load(prediction, at, read, dtype), -top), log_sum)
         weight, mass = _mass(y, class_weight, right, at, k, read, classes, dtype, SHARP, SMOOTH)
         loss = subtract(loss, total(total(select(read, multiply(mass, log_p), (zero,)), 2), 1))
         if to_prediction is not None:
@@ -239,13 +231,13 @@ def _score(
                     right = tl.load(labels + place, counts, IGNORED)
                     counts = counts & (right != IGNORED)
                 losses = _cross_entropy(
-                    prediction, y, class_weight, right[:, :, None], to_prediction, to_y, place[:, :, None],
+                    prediction, y, class_weight, right[:, :, None], to_prediction, to_y, place[:, :, None] * classes,
                     inside[:, :, None], counts[:, :, None], factors, losses, classes, SHARP, SMOOTH, CLASSES,
                 )  # fmt: skip
             else:
                 losses = _elements(
-                    prediction, y, to_prediction, to_y, place[:, :, None], inside[:, :, None], counts[:, :, None],
-                    factors, losses, classes, PARAMETER, KIND, CLASSES,
+                    prediction, y, to_prediction, to_y, place[:, :, None] * classes, inside[:, :, None],
+                    counts[:, :, None], factors, losses, classes, PARAMETER, KIND, CLASSES,
                 )  # fmt: skip
         whole = add(whole, total(multiply(factor, losses), 0))
         if to_weight is not None:

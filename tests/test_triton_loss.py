@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from triton_tools import device, guarded, needs_triton
+from triton_tools import device, fenced, guarded, needs_triton
 
 pytestmark = needs_triton
 kernels = pytest.importorskip("maml_ext.kernels.loss")
@@ -71,11 +71,11 @@ class Case:
 
         def number(name):
             parts = [source[name] for source in (self.arguments, self.directions) if name in source]
-            return tuple(part.to(dtype).contiguous() for part in parts) or None
+            return tuple(fenced(part.to(dtype)) for part in parts) or None
 
-        memory = torch.full((5 + shape[-1],), float("nan"), dtype=dtype, device=device)
+        memory = torch.full((5 + shape[-1] + 5,), float("nan"), dtype=dtype, device=device)
         if self.class_weight is not None:
-            memory[5:] = self.class_weight
+            memory[5:-5] = self.class_weight
         kernels.score(
             self.loss, number("prediction"), number("y"), self.labels,
             None if self.class_weight is None else Slice((memory,), 0, 5), number("weight"),
