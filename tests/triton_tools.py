@@ -6,9 +6,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import interpreter  # noqa: E402
+
 RUNS = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not RUNS, reason="needs a CUDA device, or TRITON_INTERPRET=1")
 device = "cuda" if torch.cuda.is_available() else "cpu"
+if device == "cpu" and RUNS:
+    interpreter.quicken()
 
 
 def guarded(*shape, dtype=torch.float64, fill=float("nan")):
