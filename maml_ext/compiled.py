@@ -116,11 +116,12 @@ def transformed(device: torch.device) -> str | None:
 
 
 def precision(device: torch.device) -> Precision:
-    """The least in which products may be computed: what autocast says, and on CUDA devices TF32 where it is allowed."""
-    if torch.is_autocast_enabled(device.type):
-        return _PRECISIONS[torch.get_autocast_dtype(device.type)]
-    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    return Precision.TF32 if tf32 else Precision.FULL
+    """The least in which products may be computed: on CUDA devices what autocast says, or TF32 where it is allowed."""
+    if device.type != "cuda":
+        return Precision.FULL
+    if torch.is_autocast_enabled("cuda"):
+        return _PRECISIONS[torch.get_autocast_dtype("cuda")]
+    return Precision.TF32 if torch.backends.cuda.matmul.allow_tf32 else Precision.FULL
 
 
 def choose(module: nn.Module, layout: Layout, theta: Tensor, x, y, loss, backend: str) -> Compiled | str:

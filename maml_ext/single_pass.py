@@ -43,7 +43,8 @@ def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         return None
     known = compiled.known(maml.module)
-    key = (steps, loss.settings, compiled.precision(tensors[0].device), *[t is not None and (t.shape, t.dtype, t.device) for t in tensors])
+    kinds = [t is not None and (t.shape, t.dtype, t.device) for t in tensors]
+    key = (steps, loss.settings, compiled.precision(tensors[0].device), *kinds)
     ready = _ready.setdefault(maml, {})
     found = ready.get(key)
     if found is None or found.known is not known:
