@@ -343,16 +343,13 @@ _MOST = {"float64": (32, 32, 16), "ieee": (64, 64, 8), "tensor cores": (64, 64, 
 def _tile(batch: int, rows: int, width: int, depth: int, dtype: torch.dtype, precision: str):
     """Rows and width of a result's tile, the depth of a step, and warps: what fits into registers, with tangents too.
 
-    The tile of the table; smaller for small results, or where so many programs would leave processors idle. The
-    smallest have deeper steps, up to 128 bytes of a row.
+    The tile of the table; smaller for small results, or where so few programs would leave processors idle.
     """
-    kind = "float64" if dtype == torch.float64 else "ieee" if precision == "ieee" else "tensor cores"
-    high, wide, deep = _MOST[kind]
-    most = high * wide
+    high, wide, deep = _MOST["float64" if dtype == torch.float64 else "ieee" if precision == "ieee" else "tensor cores"]
     high, wide = (min(m, max(16, triton.next_power_of_2(n))) for m, n in ((high, rows), (wide, width)))
     while high * wide > 512 and batch * triton.cdiv(rows, high) * triton.cdiv(width, wide) < PROCESSORS:
         high, wide = (high // 2, wide) if high >= wide else (high, wide // 2)
-    deep = max(deep, min(128 // dtype.itemsize, deep * most // (4 * high * wide)))
+    deep = 16 if high * wide <= 256 else deep
     return high, wide, min(deep, max(16, triton.next_power_of_2(depth))), 8 if high * wide > 1024 else 4
 
 
