@@ -20,7 +20,8 @@ from .geometry import Number
 from .launch import launch, size
 from .numbers import add, advance, load, put, scale, select, store, zeros_like
 
-_TILE = 256  # elements of a tile: two a thread, as indices of windows take registers, too
+_WARPS = 8
+_TILE = 32 * _WARPS  # elements of a tile: one a thread, since indices and masks of windows take registers, too
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Pool:
 
 
 @triton.jit
-def _window(i, axis, ADAPTIVE: tl.constexpr, COUNT_PADDING: tl.constexpr):
+def _window(i, AXIS: tl.constexpr, ADAPTIVE: tl.constexpr, COUNT_PADDING: tl.constexpr):
     """Of outputs i: where the window begins, maybe before the input, and ends, and how many elements are counted."""
-    extent, outputs, size, stride, padding, dilation, windows = axis
+    extent, outputs, size, stride, padding, dilation, windows = AXIS
     if ADAPTIVE:
         begin, end = i * extent // outputs, ((i + 1) * extent + outputs - 1) // outputs
         return begin, end, end - begin
@@ -65,9 +66,9 @@ def _window(i, axis, ADAPTIVE: tl.constexpr, COUNT_PADDING: tl.constexpr):
 
 
 @triton.jit
-def _first_window(i, axis, ADAPTIVE: tl.constexpr):
+def _first_window(i, AXIS: tl.constexpr, ADAPTIVE: tl.constexpr):
     """Of inputs i: the first output whose window reaches so far."""
-    extent, outputs, size, stride, padding, dilation, windows = axis
+    extent, outputs, size, stride, padding, dilation, windows = AXIS
     if ADAPTIVE:
         return i * outputs // extent
     else:
@@ -83,17 +84,20 @@ def _divisor(counted_h, counted_w, DIVISOR: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _over_window(x, image, channel, channels, mask, top, bottom, left, right, high, wide, AVERAGE: tl.constexpr):
+def _over_window(
+    x, image, channel, channels, mask, top, bottom, left, right, HIGH: tl.constexpr, WIDE: tl.constexpr,
+    AVERAGE: tl.constexpr,
+):  # fmt: skip
     """The sum of each window; or its largest element, and where in the image that is."""
     dtype: tl.constexpr = x[0].dtype.element_ty
     result, which = zeros_like(x, mask.shape, dtype), tl.full(mask.shape, -1, tl.int32)
-    for u in range(0, high[2]):
-        for v in range(0, wide[2]):
-            row, column = top + u * high[5], left + v * wide[5]
-            here = mask & (row >= 0) & (row < tl.minimum(bottom, high[0]))
-            here = here & (column >= 0) & (column < tl.minimum(right, wide[0]))
-            at = row * wide[0] + column
-            value = load(x, (image * high[0] * wide[0] + at) * channels + channel, here, dtype)
+    for u in range(0, HIGH[2]):
+        for v in range(0, WIDE[2]):
+            row, column = top + u * HIGH[5], left + v * WIDE[5]
+            here = mask & (row >= 0) & (row < tl.minimum(bottom, HIGH[0]))
+            here = here & (column >= 0) & (column < tl.minimum(right, WIDE[0]))
+            at = row * WIDE[0] + column
+            value = load(x, (image * HIGH[0] * WIDE[0] + at) * channels + channel, here, dtype)
             if AVERAGE:
                 result = add(result, value)
             else:
@@ -115,50 +119,50 @@ def _tile(images, positions, channels, ROWS: tl.constexpr, CHANNELS: tl.constexp
 
 @triton.jit
 def _forward(
-    x, z, high, wide, images, channels, AVERAGE: tl.constexpr, ADAPTIVE: tl.constexpr, COUNT_PADDING: tl.constexpr,
-    DIVISOR: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, z, images, channels, HIGH: tl.constexpr, WIDE: tl.constexpr, AVERAGE: tl.constexpr, ADAPTIVE: tl.constexpr,
+    COUNT_PADDING: tl.constexpr, DIVISOR: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    first, position, channel, mask = _tile(images, high[1] * wide[1], channels, ROWS, CHANNELS)
-    x = advance(x, first * high[0] * wide[0] * channels)
-    top, bottom, counted_h = _window(position // wide[1] % high[1], high, ADAPTIVE, COUNT_PADDING)
-    left, right, counted_w = _window(position % wide[1], wide, ADAPTIVE, COUNT_PADDING)
-    image = position // (high[1] * wide[1])
-    result, which = _over_window(x, image, channel, channels, mask, top, bottom, left, right, high, wide, AVERAGE)
+    first, position, channel, mask = _tile(images, HIGH[1] * WIDE[1], channels, ROWS, CHANNELS)
+    x = advance(x, first * HIGH[0] * WIDE[0] * channels)
+    top, bottom, counted_h = _window(position // WIDE[1] % HIGH[1], HIGH, ADAPTIVE, COUNT_PADDING)
+    left, right, counted_w = _window(position % WIDE[1], WIDE, ADAPTIVE, COUNT_PADDING)
+    image = position // (HIGH[1] * WIDE[1])
+    result, which = _over_window(x, image, channel, channels, mask, top, bottom, left, right, HIGH, WIDE, AVERAGE)
     if AVERAGE:
         result = scale(result, 1.0 / _divisor(counted_h, counted_w, DIVISOR, result[0].dtype))
-    store(advance(z, first * high[1] * wide[1] * channels), position * channels + channel, result, mask)
+    store(advance(z, first * HIGH[1] * WIDE[1] * channels), position * channels + channel, result, mask)
 
 
 @triton.jit
 def _backward(
-    x, dz, dx, high, wide, images, channels, AVERAGE: tl.constexpr, ADAPTIVE: tl.constexpr,
+    x, dz, dx, images, channels, HIGH: tl.constexpr, WIDE: tl.constexpr, AVERAGE: tl.constexpr, ADAPTIVE: tl.constexpr,
     COUNT_PADDING: tl.constexpr, DIVISOR: tl.constexpr, ACCUMULATE: tl.constexpr, ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = dz[0].dtype.element_ty
-    first, position, channel, mask = _tile(images, high[0] * wide[0], channels, ROWS, CHANNELS)
-    x, dz = advance(x, first * high[0] * wide[0] * channels), advance(dz, first * high[1] * wide[1] * channels)
-    image, row, column = position // (high[0] * wide[0]), position // wide[0] % high[0], position % wide[0]
+    first, position, channel, mask = _tile(images, HIGH[0] * WIDE[0], channels, ROWS, CHANNELS)
+    x, dz = advance(x, first * HIGH[0] * WIDE[0] * channels), advance(dz, first * HIGH[1] * WIDE[1] * channels)
+    image, row, column = position // (HIGH[0] * WIDE[0]), position // WIDE[0] % HIGH[0], position % WIDE[0]
     g = zeros_like(dz, [ROWS, CHANNELS], dtype)
-    for u in range(0, high[6]):
-        i = _first_window(row, high, ADAPTIVE) + u
-        top, bottom, counted_h = _window(i, high, ADAPTIVE, COUNT_PADDING)
-        across = mask & (i < high[1]) & (row >= top) & (row < bottom) & ((row - top) % high[5] == 0)
-        for v in range(0, wide[6]):
-            j = _first_window(column, wide, ADAPTIVE) + v
-            left, right, counted_w = _window(j, wide, ADAPTIVE, COUNT_PADDING)
-            reads = across & (j < wide[1]) & (column >= left) & (column < right) & ((column - left) % wide[5] == 0)
+    for u in range(0, HIGH[6]):
+        i = _first_window(row, HIGH, ADAPTIVE) + u
+        top, bottom, counted_h = _window(i, HIGH, ADAPTIVE, COUNT_PADDING)
+        across = mask & (i < HIGH[1]) & (row >= top) & (row < bottom) & ((row - top) % HIGH[5] == 0)
+        for v in range(0, WIDE[6]):
+            j = _first_window(column, WIDE, ADAPTIVE) + v
+            left, right, counted_w = _window(j, WIDE, ADAPTIVE, COUNT_PADDING)
+            reads = across & (j < WIDE[1]) & (column >= left) & (column < right) & ((column - left) % WIDE[5] == 0)
             if not AVERAGE:
                 # No maximum is adaptive, so that a window ends with its last tap, or with the image.
                 largest, which = _over_window(
-                    x, image, channel, channels, reads, top, high[0], left, wide[0], high, wide, AVERAGE
+                    x, image, channel, channels, reads, top, HIGH[0], left, WIDE[0], HIGH, WIDE, AVERAGE
                 )
-                reads = reads & (which == row * wide[0] + column)
-            part = load(dz, ((image * high[1] + i) * wide[1] + j) * channels + channel, reads, dtype)
+                reads = reads & (which == row * WIDE[0] + column)
+            part = load(dz, ((image * HIGH[1] + i) * WIDE[1] + j) * channels + channel, reads, dtype)
             if AVERAGE:
                 part = scale(part, 1.0 / _divisor(counted_h, counted_w, DIVISOR, dtype))
             g = add(g, part)
-    put(advance(dx, first * high[0] * wide[0] * channels), position * channels + channel, g, mask, ACCUMULATE)
+    put(advance(dx, first * HIGH[0] * WIDE[0] * channels), position * channels + channel, g, mask, ACCUMULATE)
 
 
 def _most(cells: int, others: int) -> int:
@@ -180,10 +184,10 @@ def _launch(kernel, pool: Pool, numbers: tuple, positions: int, images: int, rea
     high, wide = _axis(pool.h, pool.adaptive), _axis(pool.w, pool.adaptive)
     outputs = images * pool.h.output * pool.w.output * pool.c
     launch(
-        kernel, triton.cdiv(images * positions, rows) * triton.cdiv(pool.c, channels), *numbers, high, wide, images,
-        pool.c, AVERAGE=pool.average or pool.adaptive, ADAPTIVE=pool.adaptive, COUNT_PADDING=pool.count_padding,
-        DIVISOR=pool.divisor, ROWS=rows, CHANNELS=channels, **constants,
-        flops=outputs * high[2] * wide[2] * len(numbers[-1]), moved=size(*read),
+        kernel, triton.cdiv(images * positions, rows) * triton.cdiv(pool.c, channels), *numbers, images, pool.c,
+        HIGH=high, WIDE=wide, AVERAGE=pool.average or pool.adaptive, ADAPTIVE=pool.adaptive,
+        COUNT_PADDING=pool.count_padding, DIVISOR=pool.divisor, ROWS=rows, CHANNELS=channels, warps=_WARPS,
+        **constants, flops=outputs * high[2] * wide[2] * len(numbers[-1]), moved=size(*read),
     )  # fmt: skip
 
 

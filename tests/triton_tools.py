@@ -34,7 +34,7 @@ def fenced(tensor):
     return memory[64:-64].view(tensor.shape)
 
 
-def both_ways(f, inputs, inputs_t, dz, dz_t):
+def derivatives(f, inputs, inputs_t, dz, dz_t):
     """z = f(*inputs) and the gradients at the inputs, each with its tangent."""
 
     def pull(*arguments):
@@ -60,8 +60,8 @@ def check_layer(f, inputs, forward, backward, moving=None):
         x, x_t, (dz, dz_t) = (
             [fenced(t.to(dtype)) for t in part] for part in (given[:n], given[n : 2 * n], given[2 * n :])
         )
-        exact = both_ways(f, tuple(given[:n]), tuple(given[n : 2 * n]), *given[2 * n :])
-        eager = both_ways(f, tuple(x), tuple(x_t), dz, dz_t)
+        exact = derivatives(f, tuple(given[:n]), tuple(given[n : 2 * n]), *given[2 * n :])
+        eager = derivatives(f, tuple(x), tuple(x_t), dz, dz_t)
         for parts in (1, 2):
             for accumulate in (False, True) if dtype == torch.float64 else (False,):
                 numbers = [(a, b)[: parts if moves else 1] for a, b, moves in zip(x, x_t, moving)]
@@ -79,11 +79,5 @@ def check_layer(f, inputs, forward, backward, moving=None):
                         size = truth.abs().max() + 3.0
                         allowed = 2 * (theirs - truth).abs().max() + 2e-7 * size
                         allowed = 1e-13 * size if dtype == torch.float64 else allowed
-                        assert (mine - truth).abs().max() <= allowed, (
-                            dtype,
-                            parts,
-                            accumulate,
-                            i,
-                            (mine - truth).abs().max(),
-                            allowed,
-                        )
+                        error = (mine - truth).abs().max()
+                        assert error <= allowed, (dtype, parts, accumulate, i, error, allowed)
