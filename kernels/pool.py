@@ -187,6 +187,7 @@ def _launch(kernel, pool: Pool, numbers: tuple, positions: int, images: int, rea
         kernel, triton.cdiv(images * positions, rows) * triton.cdiv(pool.c, channels), *numbers, images, pool.c,
         HIGH=high, WIDE=wide, AVERAGE=pool.average or pool.adaptive, ADAPTIVE=pool.adaptive,
         COUNT_PADDING=pool.count_padding, DIVISOR=pool.divisor, ROWS=rows, CHANNELS=channels, warps=_WARPS,
+        maxnreg=128,  # without it ptxas is content with 48, and spills
         **constants, flops=outputs * high[2] * wide[2] * len(numbers[-1]), moved=size(*read),
     )  # fmt: skip
 
