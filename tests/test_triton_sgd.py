@@ -1,11 +1,14 @@
 """The operators of the SGD update in Triton against their formulas."""
 
+import contextlib
+
 import pytest
 import torch
 from triton_tools import device, guarded, needs_triton
 
 pytestmark = needs_triton
 sgd = pytest.importorskip("maml_ext.kernels.sgd")
+from maml_ext.ops.sgd import _by_triton  # noqa: E402
 
 # The shapes of tensors and of their rates, and sizes.
 FORMS = {
@@ -92,3 +95,18 @@ def test_float32():
     product, to_lr = sgd.backward(cotangent, grad, lr, sizes, True)
     assert (to_lr == exact).all()
     close([product], [-expanded(lr[0], grad[0], sizes) * cotangent[0]])
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_the_formula_stands_in_where_a_graph_is_captured(monkeypatch, capturing):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    formulas = []
+
+    def formula(*arguments):
+        formulas.append(arguments)
+        return sgd.update(*arguments)
+
+    theta, grad, lr, sizes = made("per tensor")
+    close(_by_triton("update", "theta", formula)(theta, grad, lr, sizes), stepped(theta, grad, lr, sizes))
+    assert len(formulas) == capturing

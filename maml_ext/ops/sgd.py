@@ -335,7 +335,8 @@ library.define(
 def _by_triton(name: str, first: str, formula: Callable) -> Callable:
     def kernel(tensors, grad, lr, sizes, *options):
         _check_raw(tensors or grad, grad, lr, sizes, first)
-        if grad[0].dtype not in KERNEL_DTYPES:
+        # A launch copies what it has to know from pinned memory; a graph would again, when that is something else.
+        if grad[0].dtype not in KERNEL_DTYPES or torch.cuda.is_current_stream_capturing():
             return formula(tensors, grad, lr, sizes, *options)
         from maml_ext.kernels import sgd
 
