@@ -116,7 +116,7 @@ def _place(rows, part_rows, channels, CHANNELS: tl.constexpr):
     return (pid // tiles // parts).to(tl.int64), pid // tiles % parts, channel, channel < channels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "h", "w", "out_h", "out_w", "part_rows"])  # no kernels of their own
 def _forward(
     x, moments, weight, bias, z, saved, samples, h, w, channels, out_h, out_w, part_rows,
     NORM: tl.constexpr, EPS: tl.constexpr, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, POOL: tl.constexpr,
@@ -180,7 +180,7 @@ def sums_of(partials, splits, tasks, task, channel, inside, channels, dtype: tl.
     return expand(total(found, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "tasks", "samples", "h", "w", "out_h", "out_w", "part_rows"])
 def _backward(
     x, dz, moments, weight, bias, dx, to_weight, to_bias, splits, sample_weight,
     tasks, samples, h, w, channels, out_h, out_w, part_rows,

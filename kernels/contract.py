@@ -139,7 +139,7 @@ def _read_dy(dy, row, tap, channel, mask, window, dtype: tl.constexpr):
     return load(dy, ((sample * out_h + h // sh) * out_w + w // sw) * out_c + channel, mask, dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "span", "chunks"])  # which would be kernels of their own for nothing
 def _forward(
     x, weight, bias, y, z, sample_weight, counts, means, m2s, window, weight_stride, weight_offset, bias_stride,
     bias_offset, samples, span, chunks, a: tl.constexpr, b: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
@@ -277,7 +277,7 @@ def _to_parameters(
             store(at, channel, total(sums, 0), channel < outputs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tasks", "samples", "part", "splits", "first"])
 def _backward(
     x, weight, dy, dx, before, to_weight, to_bias, window, weight_stride, weight_offset, weight_at, bias_at, tasks,
     samples, part, splits, first, a: tl.constexpr, b: tl.constexpr, KIND: tl.constexpr, ACCUMULATE: tl.constexpr,

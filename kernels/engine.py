@@ -265,7 +265,8 @@ class Loop(Plan):
 
     def __init__(self, network, theta, lr, x, y, weight, steps, recurs, first_order=False, wanted=(0, 0, 0, 0)):
         self.parameters = Parameters(network, len(x), theta)
-        self.thetas = theta.new_empty(steps + 1, len(x), network.parameters)
+        # Vectors of their own, for all begin on 16 bytes then: kernels are compiled for addresses that do or do not.
+        self.thetas = [theta.new_empty(len(x), network.parameters) for _ in range(steps + 1)]
         self.theta, self.steps = self.thetas[0], steps
         self.exact = recurs and not first_order
         self.support = Samples(self.parameters, x, y, weight, wanted[1:] if self.exact else (), dual=self.exact)
