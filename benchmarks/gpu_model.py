@@ -1,7 +1,9 @@
-"""What the CUDA kernels should cost, by a model: `python -m benchmarks.gpu_model`. No GPU is asked for or used.
+"""What our engines on a GPU should cost, by a model: `python -m benchmarks.gpu_model`. No GPU is asked for or used.
 
-Nothing here is a measurement of a GPU. Counts are exact (`gpu_counts.py`, `gpu_launches.py`); times follow from them by
-the assumptions below. For each phase of a block, the work between two barriers, the model takes the longest of
+Nothing here is a measurement of a GPU. Counts are exact (`gpu_counts.py`, `gpu_layers.py`, `gpu_launches.py`); times
+follow from them by assumptions. For the Triton engine, which runs what the CUDA kernels do not, each launch takes as
+long as its arithmetic or its bytes, see `gpu_layers.py`. For the CUDA kernels the model takes, for each phase of a
+block, the work between two barriers, the longest of
 
     waiting   the busiest warp by itself: its instructions and the latencies between them (by kind of work)
     issue     all warp instructions of the SM's blocks, at one a cycle for each of its four schedulers
@@ -23,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-from . import gpu_counts, gpu_launches
+from . import gpu_counts, gpu_launches, gpu_layers
+from .gpu_layers import EAGER, LAUNCH, REPLAYED, TRITON
 from .report import aligned, percent, rounded
 from .workloads import TINY, WORKLOADS, Workload, gflop, make_problem
 
@@ -57,10 +60,7 @@ RESERVED = 1024  # bytes of shared memory that the system keeps for each block
 # What each kernel takes, by nvcc: what a device runs whose own architecture is not recorded is taken for sm_80.
 RESOURCES = Path(__file__).parent.parent / "csrc" / "cuda" / "resources.txt"
 
-# Assumptions.
-BARRIER = 40  # cycles, where all warps arrive at once
-LAUNCH = 2.5  # microseconds on the device, of a launch that waits in the queue
-EAGER = 7.0  # microseconds of the CPU for an eager operator of PyTorch, from Python to the queue: 5 to 10
+BARRIER = 40  # cycles, where all warps arrive at once: an assumption
 
 
 @dataclass
@@ -218,8 +218,28 @@ def counts(workload: Workload, layout: dict) -> dict:
     }
 
 
+def by_layers(workload: Workload) -> dict | str:
+    """Counts and estimates of the Triton engine, or why there are none."""
+    from maml_ext.ops import cuda
+
+    if cuda.triton_absent():
+        return cuda.triton_absent()
+    counted = gpu_layers.count(program(workload), make_problem(workload, torch.float32))
+    least = gpu_layers.least(workload)
+    return {
+        "launches": len(counted.launches),
+        "around": counted.eager,
+        "gflop_needed": gflop(workload),
+        "gflop_executed": 1e-9 * counted.flops,
+        "bytes": counted.moved,
+        "least_bytes": least,
+        "bytes_ratio": counted.moved / least,
+        "estimates": [asdict(gpu_layers.estimate(workload, counted, device)) for device in DEVICES],
+    }
+
+
 def model(workload: Workload, module) -> dict:
-    """Everything about a workload: launches of PyTorch's ways, counts and estimates of the kernels."""
+    """Everything about a workload: launches of PyTorch's ways, counts and estimates of the engine that runs it."""
     layouts = {device: plan(module, workload, device) for device in DEVICES}
     fitting = [layout for layout in layouts.values() if isinstance(layout, dict)]
     return {
@@ -227,6 +247,7 @@ def model(workload: Workload, module) -> dict:
         "torch.func": gpu_launches.torch_func_way(workload),
         "around": gpu_launches.around_ours(workload) if fitting else None,
         "counts": counts(workload, fitting[0]) if fitting else None,
+        "layers": None if fitting else by_layers(workload),
         "estimates": [estimate(workload, device, layout) for device, layout in layouts.items()],
     }
 
@@ -235,9 +256,10 @@ CACHES = f"{gpu_counts.FIRST_CACHE} and {gpu_counts.SECOND_CACHE} cycles (caches
 LATENCIES = f"{gpu_counts.SHARED} (shared memory), {CACHES}"
 NOTE = f"""A MODEL, not a measurement: no GPU has run this. Launches, FLOP, bytes, shared memory and barriers are
 counted. Times follow from assumptions: latencies of {LATENCIES}, {BARRIER} cycles
-a barrier, {LAUNCH} us a launch on the device. PyTorch's own ways: at least one launch an operator, and {EAGER:g} us
-of the CPU for each."""
+a barrier, {LAUNCH} us a launch on the device ({REPLAYED} us in a CUDA graph), {TRITON:g} us of the CPU for one of
+Triton. PyTorch's own ways: at least one launch an operator, and {EAGER:g} us of the CPU for each."""
 HEADINGS = ("device", "blocks/SM", "limited by", "waves", "kernel us", "+ launches", "memory us", "of peak", "mostly")
+LAYER_HEADINGS = ("device", "arithmetic us", "+ memory us", "in graphs us", "without us", "of peak", "mostly")
 
 
 def text(workload: Workload, found: dict) -> str:
@@ -251,15 +273,35 @@ def text(workload: Workload, found: dict) -> str:
         reasons.setdefault(e.misfit, []).append(e.device)
     for reason, devices in reasons.items():
         if reason:
-            instead = " (convolutions are for Triton)" if workload.convolutional else ""
-            lines.append(f"  {', '.join(devices)}: not by these kernels{instead}: {reason}")
+            lines.append(f"  {', '.join(devices)}: not by the CUDA kernels: {reason}")
     rows = [_row(e) for e in found["estimates"] if not e.misfit]
-    return "\n".join([*lines, *([aligned([HEADINGS, *rows], left=1)] if rows else [])])
+    if rows:
+        lines.append(aligned([HEADINGS, *rows], left=1))
+    return "\n".join([*lines, *_layers(found["layers"])])
+
+
+def _layers(found: dict | str | None) -> list[str]:
+    """Of the Triton engine."""
+    if not isinstance(found, dict):
+        return [f"  nor by Triton: {found}"] if found else []
+    rows = []
+    for e in found["estimates"]:
+        numbers = (f"{e[name]:.0f}" for name in ("arithmetic", "memory", "replayed", "launched"))
+        rows.append((e["device"], *numbers, percent(e["of_peak"]), _most(e["shares"])))
+    return [
+        f"  work      {found['gflop_needed']:.3g} GFLOP needed, {found['gflop_executed']:.3g} executed; "
+        f"{found['bytes'] / 2**20:.0f} MiB moved, {found['bytes_ratio']:.2f} times the least",
+        aligned([LAYER_HEADINGS, *rows], left=1),
+    ]
 
 
 def _launches(found: dict) -> str:
     cpu = 1e-3 * EAGER * found["plain"]
     theirs = f"plain loop {found['plain']} ({cpu:.3g} ms of the CPU), torch.func {found['torch.func']}"
+    if isinstance(found["layers"], dict):
+        n, around = found["layers"]["launches"], found["layers"]["around"]
+        more = f"the plain loop's are {found['plain'] / (n + around):.0f} times as many"
+        return f"ours {n} by Triton and {around} by PyTorch; {more}\n{12 * ' '}{theirs}"
     if not found["counts"]:
         return theirs
     n = found["counts"]["launches"]
@@ -281,10 +323,13 @@ def _work(c: dict, estimates: list[Estimate]) -> list[str]:
     ]
 
 
+def _most(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.0%}" for name, share in list(shares.items())[:3])
+
+
 def _row(e: Estimate) -> tuple[str, ...]:
-    most = ", ".join(f"{name} {share:.0%}" for name, share in list(e.shares.items())[:3])
     numbers = f"{e.kernel_us:.0f}", f"{e.launch_us:g}", f"{e.memory_us:.1f}", percent(e.of_peak)
-    return e.device, str(e.blocks), e.limit, str(e.waves), *numbers, most
+    return e.device, str(e.blocks), e.limit, str(e.waves), *numbers, _most(e.shares)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,7 @@
-"""benchmarks/gpu_model.py: what it counts, against the kernels run on the CPU and against counts by hand."""
+"""benchmarks/gpu_model.py: what it counts, against the kernels run on the CPU and against counts by hand.
+
+What the Triton engine launches and moves is held to its limits here.
+"""
 
 import dataclasses
 import json
@@ -6,11 +9,11 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu_counts, gpu_launches, gpu_model
+from benchmarks import gpu_counts, gpu_launches, gpu_layers, gpu_model
 from benchmarks.contestants import ours
 from benchmarks.workloads import TINY, WORKLOADS, Workload, make_problem, mlp
 from maml_ext import compiled, single_pass
-from maml_ext.ops import library
+from maml_ext.ops import cuda, library
 
 pytestmark = pytest.mark.skipif(library.ABSENT is not None, reason="needs the compiled package beside it")
 
@@ -159,9 +162,92 @@ def test_the_table_says_that_it_is_a_model(emulated, tmp_path, capsys):
     output = tmp_path / "model.json"
     assert gpu_model.main(["--workloads", "tiny_mlp", "tiny_conv", "--output", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("A MODEL, not a measurement") and "are for Triton" in printed
+    assert printed.startswith("A MODEL, not a measurement") and "not by the CUDA kernels: a convolution" in printed
     assert all(device.name in printed for device in gpu_model.DEVICES)
+    assert ("by Triton" in printed) and ("times the least" in printed) == (not cuda.triton_absent())
     written = json.loads(output.read_text())
     assert "not a measurement" in written["note"]
     assert written["workloads"]["tiny_mlp"]["counts"]["launches"]["single pass"] == 2
     assert written["workloads"]["tiny_conv"]["counts"] is None
+
+
+# The Triton engine
+
+needs_triton = pytest.mark.skipif(bool(cuda.triton_absent()), reason=f"counts its launches: {cuda.triton_absent()}")
+LAYERED = [WORKLOADS[name] for name in ("mlp_omni", "omni_conv", "mini_conv")]
+
+
+def layered(workload):
+    return gpu_layers.count(gpu_model.program(workload), make_problem(workload, torch.float32))
+
+
+@needs_triton
+@pytest.mark.parametrize("workload", LAYERED, ids=lambda w: w.name)
+def test_launches_work_and_bytes_by_triton(workload):
+    found = layered(workload)
+    assert len(found.launches) + found.eager <= 300
+    assert gpu_model.gflop(workload) < 1e-9 * found.flops < 1.3 * gpu_model.gflop(workload)
+    assert 1 < found.moved / gpu_layers.least(workload) <= 1.5
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["omni_conv", "mini_conv"])
+def test_launches_by_triton_do_not_depend_on_the_number_of_tasks(name):
+    one, many = (layered(changed(WORKLOADS[name], tasks=tasks)) for tasks in (1, 7))
+    assert [w.kernel for w in one.launches] == [w.kernel for w in many.launches] and one.eager == many.eager
+    assert 6 < many.flops / one.flops < 8
+
+
+@needs_triton
+def test_launches_by_triton_are_linear_in_steps():
+    counts = [len(layered(changed(TINY["tiny_conv"], steps=steps)).launches) for steps in (1, 2, 3)]
+    assert counts[2] - counts[1] == counts[1] - counts[0] > 0
+
+
+def test_the_least_bytes_by_hand():
+    workload = Workload("by hand", lambda: mlp(2, 3, 1), (2,), 2, 4, 6, 1, "mse", 0.1)
+    values = (2 + 3) + (3 + 1) + (2 + 1) + (1 + 3 + 3) + (3 + 2)  # of a sample: forth, the loss, back
+    duals = (2 + 6) + (6 + 2) + (4 + 1) + (2 + 6 + 6) + (6 + 2)
+    theta, behind = 3 * 2 + 3 + 3 + 1, 3 + 1  # all of it, and what a gradient goes back through
+    inner = 2 * 4 * values + theta + behind + 2 * 2 * theta + theta + 2 * theta  # theta_0 is one for both tasks
+    query = 2 * 6 * values + 2 * (theta + behind) + 2 * 2 * theta + 2 * 2 * theta
+    adjoint = 2 * 4 * duals + theta + behind + 2 * (theta + behind) + 2 * 2 * theta + 2 * 2 * theta
+    assert gpu_layers.least(workload) == 4 * (inner + query + adjoint + 2 * theta + theta)
+
+
+def test_the_least_of_a_norm_by_hand():
+    def network():
+        block = torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.ReLU(), torch.nn.MaxPool2d(2)
+        return torch.nn.Sequential(*block, torch.nn.Flatten(), torch.nn.Linear(8, 5))
+
+    image, convolved, behind, out = 36, 2 * 16, 2 * 4, 5
+    forth = image + convolved + convolved + behind + behind + out
+    back = out + behind + behind + 2 * (convolved + behind) + convolved + convolved + image
+    theta, handing_back = 20 + 4 + 45, 4 + 45
+    by_hand = 4 * (forth + 2 * out + 1 + back) + theta + handing_back + 3 * theta + 2 * theta
+    workload = Workload("by hand", network, (1, 6, 6), 1, 4, 4, 0, "cross_entropy", 0.1)
+    assert gpu_layers.least(workload) == 4 * by_hand
+    pooled = changed(workload, network=lambda: torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.MaxPool2d(2)))
+    with pytest.raises(NotImplementedError, match="MaxPool2d"):
+        gpu_layers.least(pooled)
+
+
+def test_bytes_of_operators_are_those_of_memory():
+    x, y = torch.ones(3, 4), torch.ones(4)
+    with gpu_layers.Copying() as copying:
+        x.copy_(y.expand(3, 4))
+    assert copying.eager == 1 and copying.moved == 4 * (12 + 4)
+
+
+def test_a_launch_takes_as_long_as_its_arithmetic_or_its_bytes():
+    def busy(*launches):
+        counts = gpu_layers.Counts([gpu_layers.Work("", *launch) for launch in launches], 0, 0)
+        return gpu_layers.estimate(SIN5, counts, A100)
+
+    product = (108, 2 * 64 * 108 * 1410, 0)  # a microsecond on all SMs
+    copy = (108, 0, 1555 * 1000)
+    assert busy(product).arithmetic == pytest.approx(1) and busy(copy).memory == pytest.approx(1)
+    assert busy((1, *product[1:])).arithmetic == pytest.approx(108)
+    both = busy(product, copy)
+    assert both.replayed == pytest.approx(2 + 2 * gpu_layers.REPLAYED)
+    assert both.launched == pytest.approx(2 * gpu_layers.TRITON)
