@@ -122,7 +122,10 @@ class MAML(nn.Module):
         return self.adapt(support_x, support_y, steps=steps).loss(query_x, query_y)
 
     def explain(self, support_x, support_y) -> Explanation:
-        """What runs for such a support set, and why: ``.engine``, ``.reasons``, and a report as ``str()``."""
+        """What runs for such a support set, and why: ``.engine``, ``.reasons``, and a report as ``str()``.
+
+        The engine is "cpu", "cuda" (the CUDA kernels), "triton", or "torch", the reference.
+        """
         layout = Layout(self.module)
         theta = layout.flatten().detach()
         if self.meta_gradient == "first_order":
