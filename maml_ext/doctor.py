@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 import maml_ext
 
-from .ops import library
+from .ops import cuda, library
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -29,6 +29,7 @@ def doctor() -> int:
     print(f"cuda       {_cuda()}")
     print(f"compiled   {_compiled()}")
     print(f"on cuda    {_compiled_for_cuda()}")
+    print(f"triton     {_triton()}")
     print()
     failed = 0
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -76,32 +77,60 @@ def _compiled_for_cuda() -> str:
     return kernels
 
 
+def _triton() -> str:
+    absent = cuda.triton_absent()
+    if absent:
+        return f"absent: {absent}"
+    try:
+        import triton
+    except Exception as problem:  # made for another Python, say
+        return f"does not load: {type(problem).__name__}: {problem}"
+    where = "" if torch.cuda.device_count() else ", which needs a CUDA device"
+    return f"{triton.__version__}: the engine of networks that the CUDA kernels do not run{where}"
+
+
 @dataclass(frozen=True)
 class Check:
-    """``error(device, dtype)`` is the relative error of a result; ``compiled``: of a compiled engine."""
+    """``error(device, dtype)`` is the relative error of a result by an engine: "torch", "compiled", "triton"."""
 
     error: Callable[[str, torch.dtype], float]
-    compiled: bool = False
+    engine: str = "torch"
 
     def runs_on(self, device: str) -> bool:
-        absent = library.ABSENT if device == "cpu" else library.cuda_absent()
-        return not (self.compiled and absent)
+        if self.engine == "triton":
+            return device != "cpu" and not cuda.triton_absent()
+        absent = library.ABSENT if device == "cpu" else cuda.absent()
+        return not (self.engine == "compiled" and absent)
 
 
-def _meta_gradient(meta_gradient: str, backend: str) -> Check:
+def _mlp() -> tuple[nn.Module, tuple[int, ...]]:
+    """A network and the shape of a sample."""
+    return nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)), (3,)
+
+
+def _conv_net() -> tuple[nn.Module, tuple[int, ...]]:
+    block = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3, track_running_stats=False), nn.Tanh(), nn.MaxPool2d(2)
+    return nn.Sequential(*block, nn.Flatten(), nn.Linear(12, 2)), (1, 4, 4)
+
+
+def _meta_gradient(meta_gradient: str, engine: str, network: Callable = _mlp) -> Check:
     def error(device: str, dtype: torch.dtype) -> float:
         """Relative error of the gradient against ``create_graph=True`` in float64."""
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).double()
-        data = [torch.randn(4, 5, width, dtype=torch.float64) for width in (3, 2, 3, 2)]
+        net, sample = network()
+        net.double()
+        data = [torch.randn(4, 5, *shape, dtype=torch.float64) for shape in (sample, (2,), sample, (2,))]
         expected = _plain_loop(net, *data, lr=0.1, steps=3, create_graph=meta_gradient == "exact")
         net.to(device, dtype)
-        options = dict(meta_gradient=meta_gradient, reduction="mean", backend=backend)
-        maml = maml_ext.MAML(net, lr=0.1, steps=3, **options)
-        loss = maml(*(d.to(device, dtype) for d in data))
-        return _error(torch.autograd.grad(loss, list(net.parameters())), expected)
+        backend = "torch" if engine == "torch" else "compiled"
+        maml = maml_ext.MAML(net, lr=0.1, steps=3, meta_gradient=meta_gradient, reduction="mean", backend=backend)
+        data = [d.to(device, dtype) for d in data]
+        found = maml.explain(*data[:2]).engine
+        if engine == "triton" and found != "triton":
+            raise RuntimeError(f"this network is for the Triton engine, what runs it is {found}")
+        return _error(torch.autograd.grad(maml(*data), list(net.parameters())), expected)
 
-    return Check(error, compiled=backend == "compiled")
+    return Check(error, engine)
 
 
 def _update(device: str, dtype: torch.dtype) -> float:
@@ -120,6 +149,8 @@ CHECKS = {
     "first-order, torch engine": _meta_gradient("first_order", "torch"),
     "meta-gradient, compiled engine": _meta_gradient("exact", "compiled"),
     "first-order, compiled engine": _meta_gradient("first_order", "compiled"),
+    "meta-gradient, Triton engine": _meta_gradient("exact", "triton", _conv_net),
+    "first-order, Triton engine": _meta_gradient("first_order", "triton", _conv_net),
     "sgd_update, compiled" if library.ABSENT is None else "sgd_update, formula": Check(_update),
 }
 

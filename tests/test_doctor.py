@@ -8,7 +8,7 @@ import torch
 
 import maml_ext
 from maml_ext import doctor, reference
-from maml_ext.ops import library
+from maml_ext.ops import cuda, library
 
 
 def test_doctor_runs_from_the_command_line():
@@ -47,10 +47,35 @@ def test_doctor_survives_an_engine_that_raises(monkeypatch, capsys):
 
 
 def test_checks_run_where_they_can():
-    found = {name: check.runs_on("cuda:0") for name, check in doctor.CHECKS.items()}
-    assert all(check.runs_on("cpu") or library.ABSENT for check in doctor.CHECKS.values())
-    built = library.cuda_absent() is None
-    assert found == {name: built or "compiled engine" not in name for name in found} and any(found.values())
+    on_cpu = {name for name, check in doctor.CHECKS.items() if check.runs_on("cpu")}
+    on_cuda = {name for name, check in doctor.CHECKS.items() if check.runs_on("cuda:0")}
+    by_triton = {name for name in doctor.CHECKS if "Triton" in name}
+    compiled = {name for name in doctor.CHECKS if "compiled engine" in name}
+    assert on_cpu == doctor.CHECKS.keys() - by_triton - (compiled if library.ABSENT else set())
+    absent = (compiled if cuda.absent() else set()) | (by_triton if cuda.triton_absent() else set())
+    assert on_cuda == doctor.CHECKS.keys() - absent and by_triton and compiled
+
+
+def test_doctor_says_what_there_is_of_triton(monkeypatch):
+    if not cuda.triton_absent():
+        import triton
+
+        assert doctor._triton().startswith(triton.__version__)
+        assert ("needs a CUDA device" in doctor._triton()) == (not torch.cuda.device_count())
+        monkeypatch.setitem(sys.modules, "triton", None)
+        assert doctor._triton().startswith("does not load: ModuleNotFoundError")
+    monkeypatch.setattr(cuda, "triton_absent", lambda: "triton is not installed")
+    assert doctor._triton() == "absent: triton is not installed"
+    assert not doctor.CHECKS["meta-gradient, Triton engine"].runs_on("cuda:0")
+
+
+@pytest.mark.skipif(bool(library.ABSENT), reason=f"no binary: {library.ABSENT}")
+def test_the_check_of_triton_is_not_passed_by_another_engine(monkeypatch):
+    check = doctor.CHECKS["meta-gradient, Triton engine"]
+    with pytest.raises(RuntimeError, match="for the Triton engine, what runs it is cpu"):
+        check.error("cpu", torch.float64)
+    monkeypatch.setattr(maml_ext.MAML, "explain", lambda *_: maml_ext.maml.Explanation("triton", [], ""))
+    assert check.error("cpu", torch.float64) < 1e-12
 
 
 def test_doctor_says_what_there_is_for_cuda(monkeypatch):
