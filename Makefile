@@ -48,9 +48,9 @@ sanitize: install
 cuda-resources: install
 	$(PY) tests/cuda_resources.py
 
-# Likewise of the Triton kernels, kernels/resources.txt. Needs no nvcc either.
+# Likewise of the Triton kernels, kernels/resources.txt: some hundred are compiled. Needs no nvcc either.
 triton-resources: install
-	$(PY) tests/triton_aot.py
+	PYTHONPATH=. $(PY) tests/triton_aot.py
 
 # The CUDA build that is installed here as a wheel, beside CUDA builds of torch: the newest and the oldest supported,
 # gigabytes each. Needs no GPU.

@@ -10,22 +10,26 @@ import pytest
 import resource_table
 
 pytest.importorskip("triton")
-HERE = Path(__file__).parent
-TABLE = HERE.parent / "kernels" / "resources.txt"
+from maml_ext.ops import library  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "kernels" / "resources.txt"
 SHARED = 99 * 1024  # what a block can have on sm_86 and sm_89, the least of those from sm_80 on
 
 
 def compiled(path, *arguments):
     """In a process in which kernels are not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, HERE / "triton_aot.py", path, *arguments]
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, ROOT / "tests" / "triton_aot.py", path, *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return resource_table.read(path)[1]
 
 
 def spilling(rows):
-    return {row for row, resources in rows.items() if row[1] == "fp32" and resources.stack}
+    """Numbers that ptxas puts aside for the length of a kernel, four at most, are none of its loops'."""
+    return {row for row, resources in rows.items() if row[1] == "fp32" and resources.stack > 16}
 
 
 def test_recorded_kernels_neither_spill_nor_want_too_much_memory():
@@ -36,6 +40,7 @@ def test_recorded_kernels_neither_spill_nor_want_too_much_memory():
 
 
 @pytest.mark.thorough
+@pytest.mark.skipif(library.ABSENT is not None, reason="networks need the compiled package")
 def test_kernels_need_no_more_than_recorded(tmp_path):
     """Registers decide how many warps hide each other's latency; a new number is looked at, then recorded."""
     compiler, recorded = resource_table.read(TABLE)

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +31,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from benchmarks import workloads
+from benchmarks.workloads import Workload
+from maml_ext import compiled
+from maml_ext.program import Precision
+from maml_ext.stateless import Layout
+
 TABLE = Path(__file__).parent.parent / "kernels" / "resources.txt"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NAMES = ("kernel", "dtype", "precision", "tangents")
@@ -42,7 +51,7 @@ class Resources(NamedTuple):
 
 
 class Specialised(NamedTuple):
-    """A launch as Triton's JIT sees it: two that agree are one kernel."""
+    """A launch as Triton's JIT sees it."""
 
     kernel: object
     signature: dict
@@ -67,6 +76,16 @@ class Specialised(NamedTuple):
         return f"{self.kernel.__module__.split('.')[-1]}.{self.kernel.__name__}"
 
     @property
+    def key(self) -> tuple:
+        """What makes kernels differ, but for what Triton knows of integers and addresses: 1, or multiples of 16."""
+        chosen = {path: value for path, value in self.constants.items() if value is None or self._is_constant(path)}
+        types = re.sub("i32|i64|constexpr", "-", str(self.signature))
+        return self.name, str(chosen), types, str(self.options), self.target
+
+    def _is_constant(self, path: tuple[int, ...]) -> bool:
+        return self.kernel.params[path[0]].is_constexpr
+
+    @property
     def row(self) -> tuple[str, ...]:
         """What the table tells apart: the most that kernels of a row need is recorded."""
         values = {self.kernel.params[path[0]].name: value for path, value in self.constants.items() if len(path) == 1}
@@ -77,13 +96,13 @@ class Specialised(NamedTuple):
 
     def compile(self) -> Resources:
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        compiled = triton.compile(source, target=self.target, options=self.options.__dict__)
+        result = triton.compile(source, target=self.target, options=self.options.__dict__)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(compiled.asm["cubin"])
+            Path(file.name).write_bytes(result.asm["cubin"])
             command = [CUOBJDUMP, "--dump-resource-usage", file.name]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found = dict(word.split(":") for word in output.splitlines()[-1].split())
-        return Resources(int(found["REG"]), int(found["STACK"]), compiled.metadata.shared)
+        return Resources(int(found["REG"]), int(found["STACK"]), result.metadata.shared)
 
 
 def flat(items):
@@ -94,18 +113,18 @@ def flat(items):
             yield item
 
 
-def kernels(workloads: list[Callable[[], None]]) -> list[Specialised]:
-    """The different ones."""
+def kernels(runs: list[Callable[[], None]]) -> list[Specialised]:
+    """Those with different keys."""
     found = {}
 
     def watch(launch):
         for architecture in ARCHITECTURES:
             kernel = Specialised.of(launch, architecture)
-            found.setdefault((kernel.name, *map(str, kernel[1:])), kernel)
+            found.setdefault(kernel.key, kernel)
         return False
 
     with watched(watch):
-        for run in workloads:
+        for run in runs:
             run()
     return list(found.values())
 
@@ -130,32 +149,28 @@ def compile_all(kernels: list[Specialised]) -> dict[tuple[str, ...], Resources]:
     return found
 
 
-# What is launched. Nothing is computed, and no memory is touched.
+# What is launched. Nothing is computed; networks copy what comes in and out.
 
 
 def passes(dtype: torch.dtype) -> None:
-    """Over vectors of parameters, the Ps of omni_conv and of mlp_omni, with the rates that there are."""
-    for parameters in (112_005, 243_845):
-        tasks, steps = 4, 5
-        table = update.Table.of([update.Slot(0, parameters, 0, 32)], "cpu")
-        partials = tuple(torch.empty(2, 32 * tasks * parameters, dtype=dtype))
-        vector, cotangent, direction = torch.empty(3, tasks, parameters, dtype=dtype)
-        update.gather(table, partials[:1], (vector,))
-        update.gather(table, partials, (vector, vector))
-        for count in (1, parameters):
-            rates = torch.empty(steps, count, dtype=dtype)
-            to_rates = torch.empty(tasks, steps, table.blocks if count == 1 else count, dtype=dtype)
-            update.gather(table, partials[:1], (vector,), rates=rates[-1], direction=direction)
-            for theta in (vector[0], vector):
-                update.step(table, partials[:1], (theta,), rates[0], (vector,))
-            for given in (None, cotangent):
-                for parts in (partials, partials[:1]):
-                    for to in (None, to_rates[:, 1]):
-                        for k in (0, 1):
-                            update.adjoint(
-                                table, parts, vector, vector, cotangent=given, to_rates=to, accumulate=False,
-                                rates=rates[0] if k else None, direction=direction if k else None,
-                            )  # fmt: skip
+    """Over vectors of parameters, with the rates that there are."""
+    tasks, steps, parameters = 4, 5, 112_005
+    table = update.Table.of([update.Slot(0, parameters, 0, 32)], "cpu")
+    partials = tuple(torch.empty(2, 32 * tasks * parameters, dtype=dtype))
+    vector, cotangent, direction = torch.empty(3, tasks, parameters, dtype=dtype)
+    update.gather(table, partials[:1], (vector,))
+    update.gather(table, partials, (vector, vector))
+    for count in (1, parameters):
+        rates = torch.empty(steps, count, dtype=dtype)
+        to_rates = torch.empty(tasks, steps, table.blocks if count == 1 else count, dtype=dtype)
+        update.gather(table, partials[:1], (vector,), rates=rates[-1], direction=direction)
+        for theta in (vector[0], vector):
+            update.step(table, partials[:1], (theta,), rates[0], (vector,))
+        for given, parts, to, k in product((None, cotangent), (partials, partials[:1]), (None, to_rates[:, 1]), (0, 1)):
+            update.adjoint(
+                table, parts, vector, vector, cotangent=given, to_rates=to,
+                rates=rates[0] if k else None, direction=direction if k else None,
+            )  # fmt: skip
 
 
 def operators(dtype: torch.dtype) -> None:
@@ -177,10 +192,31 @@ def measurements(dtype: torch.dtype) -> None:
                 statistics.measure(x[:parts], moments, weight, tasks, samples, positions, channels)
 
 
-WORKLOADS = [
-    lambda run=run, dtype=dtype: run(dtype)
-    for run in (passes, operators, measurements)
-    for dtype in (torch.float32, torch.float64)
+def meta_gradient(workload: Workload, dtype: torch.dtype, precision: Precision) -> None:
+    """Two steps are as good as five."""
+    module, tasks = workload.network().to(dtype), workload.tasks
+    layout = Layout(module)
+    theta, lr = layout.flatten().detach(), torch.zeros(1, 1, dtype=dtype)
+    sets = [
+        (torch.zeros(tasks, n, *workload.input_shape, dtype=dtype), torch.zeros(tasks, n, dtype=torch.int64), None)
+        for n in (workload.support, workload.query)
+    ]
+    call = compiled.choose(module, layout, theta, *sets[0][:2], workload.loss, "compiled")
+    program, *others = call.arguments(theta)
+    program[-1] = precision
+    torch.ops.maml_ext.triton_meta(program, *others, lr, *sets[0], *sets[1], 2, False, True, [0] * 7)
+
+
+DTYPES = {
+    torch.float32: (Precision.FULL, Precision.TF32, Precision.BFLOAT16, Precision.FLOAT16),
+    torch.float64: (Precision.FULL,),
+}
+WORKLOADS = [partial(run, dtype) for run in (passes, operators, measurements) for dtype in DTYPES]
+WORKLOADS += [
+    partial(meta_gradient, workloads.WORKLOADS[name], dtype, precision)
+    for dtype, precisions in DTYPES.items()
+    for precision in precisions
+    for name in (("mlp_omni", "omni_conv", "mini_conv") if precision == Precision.FULL else ("omni_conv",))
 ]
 
 
@@ -198,9 +234,9 @@ def planted() -> None:
     launch(_spilled, 1, torch.empty(1), 7, flops=0, moved=0, warps=1)
 
 
-def write(path: Path, workloads: list[Callable[[], None]]) -> None:
+def write(path: Path, runs: list[Callable[[], None]]) -> None:
     origin = f"by `make triton-resources`, with triton {triton.__version__}"
-    resource_table.write(path, origin, NAMES, compile_all(kernels(workloads)))
+    resource_table.write(path, origin, NAMES, compile_all(kernels(runs)))
 
 
 if __name__ == "__main__":
