@@ -40,7 +40,8 @@ class Parameters:
         return self.like.new_zeros(self.tasks, self.network.parameters)
 
     def take(self, source: Tensor, to: Tensor) -> None:
-        shared = source.reshape(-1, self.network.parameters).expand_as(to)
+        rows = -1 if self.network.parameters else 1  # of nothing there may be any number
+        shared = source.reshape(rows, self.network.parameters).expand_as(to)
         torch.index_select(shared, 1, self.order, out=to)
 
     def take_constants(self, constants: Tensor | None) -> None:
@@ -87,6 +88,8 @@ class Samples:
                 tangent.zero_()
 
     def take(self, x, y=None, weight=None, x_t=None, y_t=None, weight_t=None) -> None:
+        if weight is not None and self.to_weight is None and weight_t is None:
+            x, x_t = self._leave_out(weight.reshape(x.shape[:2]) == 0, x, x_t)
         for source, to in zip((x, x_t), self.frame.values[0]):
             to.copy_(self._channels_last(source, to))
         if self.labels is not None:
@@ -95,6 +98,14 @@ class Samples:
             to.copy_(self._channels_last(source, to))
         for source, to in zip((weight, weight_t), self.weight or ()):
             to.copy_(source.reshape(to.shape))
+
+    @staticmethod
+    def _leave_out(absent: Tensor, *sources: Tensor | None) -> list[Tensor | None]:
+        """In place of samples of weight 0, which may be anything, one that counts: all products with it are 0 times
+        something finite."""
+        tasks, samples = (torch.arange(n, device=absent.device) for n in absent.shape)
+        present = torch.where(absent, absent.int().argmin(1, keepdim=True), samples)
+        return [source if source is None else source[tasks[:, None], present] for source in sources]
 
     @staticmethod
     def _channels_last(source: Tensor, to: Tensor) -> Tensor:
@@ -271,7 +282,7 @@ class Loop(Plan):
         self.exact = recurs and not first_order
         self.support = Samples(self.parameters, x, y, weight, wanted[1:] if self.exact else (), dual=self.exact)
         self.table, self.partials = self.support.workspace.table, self.support.workspace.numbers
-        self.rates, self.per_parameter = theta.new_empty(lr.shape), lr.shape[1] > 1
+        self.rates, self.per_parameter = theta.new_empty(lr.shape), lr.shape[1] != 1
         self.to_rates = None
         if recurs:
             self.adjoint, self.direction = self.parameters.new(), self.parameters.new()
@@ -443,7 +454,8 @@ def run(name: str, checked, program: Sequence[int], numbers: Sequence[float], *a
     with _lock, torch.no_grad(), guard:
         known = _plans.pop(key, None)
         if known is None:
-            plan = PLANS[name](Network(tuple(program), tuple(numbers)), *arguments)
+            with torch.inference_mode(False):  # calls outside of it could not write to a plan's memory
+                plan = PLANS[name](Network(tuple(program), tuple(numbers)), *arguments)
             known = plan, graphs.Replayed(plan.run, device)
         plan, launches = _plans[key] = known
         while len(_plans) > KEPT:

@@ -116,7 +116,7 @@ class Network:
             layer = replace(
                 layer,
                 window=Window(h, w, c, out_h, out_w, out_c, kh, kw, sh, sw, top, left, dh, dw, groups),
-                weight=self._slot(weight, (out_c, c // groups, kh, kw), (2, 3, 1, 0)),
+                weight=self._slot(weight, (out_c, c // groups, kh * kw), (2, 1, 0)),
                 bias=self._slot(bias, (out_c,)),
             )
         elif kind == Kind.NORM:
@@ -179,7 +179,7 @@ class Network:
             if shared or window != Window(1, 1, h * w * c, 1, 1, window.out_c):
                 continue
             whole = Window(h, w, c, 1, 1, window.out_c, h, w)
-            weight = replace(weight, shape=(window.out_c, c, h, w))
+            weight = replace(weight, shape=(window.out_c, c, h * w))
             self._replace(follower, replace(follower, reads=flatten.reads, window=whole, weight=weight), flatten)
 
     def _fuse_blocks(self) -> None:
