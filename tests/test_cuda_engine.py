@@ -142,26 +142,28 @@ def test_hvp(name):
     assert expected.norm() > 0
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("name", LOSSES)
-def test_losses(name, weighted):
-    """With gradients of soft labels and of weights; one sample of a task has weight 0."""
-    loss = LOSSES[name].double() if isinstance(LOSSES[name], nn.Module) else LOSSES[name]
-    module, data = nn.Linear(3, 2, dtype=torch.float64), []
+def check_losses(name, weighted, steps=3, module=None, shape=(3,), places=(), device="cpu"):
+    """Against the reference, with gradients of soft labels and of weights; one sample of a task has weight 0.
+
+    The module puts out two classes at each of so many ``places``.
+    """
+    options = dict(dtype=torch.float64, device=device)
+    loss = LOSSES[name].to(device).double() if isinstance(LOSSES[name], nn.Module) else LOSSES[name]
+    module, data = (module or nn.Linear(3, 2)).to(device, torch.float64), []
     for n in (4, 5):
-        x = torch.randn(3, n, 3, dtype=torch.float64, requires_grad=True)
-        y = torch.rand(3, n, 2, dtype=torch.float64).requires_grad_()
+        x = torch.randn(3, n, *shape, **options, requires_grad=True)
+        y = torch.rand(3, n, 2, *places, **options).requires_grad_()
         if name == "labels":
-            y = torch.randint(2, (3, n))
+            y = torch.randint(2, (3, n, *places), device=device)
             y[:, 0] = 0
         if weighted:
-            weight = torch.rand(3, n, dtype=torch.float64)
+            weight = torch.rand(3, n, **options)
             weight[1, 2] = 0
             y = y, weight.requires_grad_()
         data += [x, y]
 
     def gradients(backend):
-        maml = maml_ext.MAML(module, lr=0.05, steps=3, loss=loss, backend=backend)
+        maml = maml_ext.MAML(module, lr=0.05, steps=steps, loss=loss, backend=backend)
         leaves = [t for pair in data for t in (pair if isinstance(pair, tuple) else [pair]) if t.requires_grad]
         losses = maml(*data)
         return [losses, *torch.autograd.grad(weighted_sum(losses), [*module.parameters(), *leaves])]
@@ -169,25 +171,38 @@ def test_losses(name, weighted):
     assert_close(gradients("compiled"), gradients("torch"))
 
 
-def test_a_sample_of_weight_0_may_be_anything():
-    module, batch = made("Tanh")
-    weight = torch.ones(3, 4, dtype=torch.float64)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name, weighted):
+    check_losses(name, weighted)
+
+
+def check_a_sample_of_weight_0(module, batch):
+    weight = torch.ones_like(batch.support_y[..., 0])
     weight[1, 2] = 0
     good = results(module, batch._replace(support_y=(batch.support_y, weight)), "compiled")
     batch.support_x[1, 2], batch.support_y[1, 2] = math.nan, math.inf
     spoilt = results(module, batch._replace(support_y=(batch.support_y, weight)), "compiled")
-    assert all(torch.equal(a, b) for a, b in zip(good, spoilt))
+    assert all(torch.equal(a, b) for a, b in zip(good, spoilt)) and good[1].isfinite().all()
+
+
+def test_a_sample_of_weight_0_may_be_anything():
+    check_a_sample_of_weight_0(*made("Tanh"))
+
+
+def check_labels_that_are_no_class(device="cpu"):
+    """On a device nobody looks at labels before the kernel does."""
+    module = nn.Linear(3, 2, dtype=torch.float64, device=device)
+    theta, x = maml_ext.flatten(module).detach(), torch.randn(2, 3, 3, dtype=torch.float64, device=device)
+    for weight in (None, torch.tensor([0.3, 2.0], dtype=torch.float64, device=device)):
+        for label in (2, -1, 2**40, -(2**40)):
+            y = torch.tensor([[0, 1, 0], [1, label, 0]], device=device)
+            losses = maml_ext.task_loss(module, theta, x, y, loss=nn.CrossEntropyLoss(weight), backend="compiled")
+            assert losses[0].isfinite() and losses[1].isnan()
 
 
 def test_a_label_that_is_no_class_gives_nan():
-    """On a device nobody looks at labels before the kernel does."""
-    module = nn.Linear(3, 2, dtype=torch.float64)
-    theta, x = maml_ext.flatten(module).detach(), torch.randn(2, 3, 3, dtype=torch.float64)
-    for weight in (None, torch.tensor([0.3, 2.0], dtype=torch.float64)):
-        for label in (2, -1, 2**40, -(2**40)):
-            y = torch.tensor([[0, 1, 0], [1, label, 0]])
-            losses = maml_ext.task_loss(module, theta, x, y, loss=nn.CrossEntropyLoss(weight), backend="compiled")
-            assert losses[0].isfinite() and losses[1].isnan()
+    check_labels_that_are_no_class()
 
 
 @pytest.mark.parametrize("shape", [(), (4,), ("P",), (3, 1), (3, 4), (3, "P"), (5, 1)], ids=str)
@@ -244,28 +259,35 @@ def test_launches_do_not_depend_on_the_number_of_steps(kernels, monkeypatch):
             assert launches(kernels, call) == 3  # the inner loop, the loss with its gradient, the adjoint recursion
 
 
-def test_frozen_and_unused_parameters():
-    class Part(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.frozen, self.spare, self.head = nn.Linear(3, 5), nn.Linear(2, 3), nn.Linear(5, 2)
-            self.frozen.requires_grad_(False)
+class Part(nn.Module):
+    """With parameters that are frozen, and that nothing reads."""
 
-        def forward(self, x):
-            return self.head(torch.tanh(self.frozen(x)))
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.spare, self.head = nn.Linear(3, 5), nn.Linear(2, 3), nn.Linear(5, 2)
+        self.frozen.requires_grad_(False)
 
-    torch.manual_seed(0)
-    module = Part().double()
-    data = Batch(*(torch.randn(3, n, w, dtype=torch.float64) for n, w in ((4, 3), (4, 2), (5, 3), (5, 2))))
+    def forward(self, x):
+        return self.head(torch.tanh(self.frozen(x)))
+
+
+def check_cotangents_of_several_steps(module, batch, steps=3):
+    """The inner loop where the meta-loss depends on the last parameters, by the loss too, and on earlier ones."""
     theta = maml_ext.flatten(module).detach().requires_grad_()
 
     def adapted(backend):
-        thetas = maml_ext.inner_loop(module, theta, *data[:2], lr=0.1, steps=3, backend=backend)
-        loss = maml_ext.task_loss(module, thetas[-1], *data[2:], backend=backend)
-        total = weighted_sum(loss) + weighted_sum(thetas[2])
+        thetas = maml_ext.inner_loop(module, theta, *batch[:2], lr=0.1, steps=steps, backend=backend)
+        loss = maml_ext.task_loss(module, thetas[-1], *batch[2:], backend=backend)
+        total = weighted_sum(loss) + weighted_sum(thetas[-2])
         return [thetas[-1], loss, *torch.autograd.grad(total, theta)]
 
     assert_close(adapted("compiled"), adapted("torch"))
+
+
+def test_frozen_and_unused_parameters():
+    module = Part().double()
+    data = Batch(*(torch.randn(3, n, w, dtype=torch.float64) for n, w in ((4, 3), (4, 2), (5, 3), (5, 2))))
+    check_cotangents_of_several_steps(module, data)
 
 
 def test_tied_weights():

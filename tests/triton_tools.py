@@ -7,12 +7,20 @@ import torch
 
 pytest.importorskip("triton")
 import interpreter  # noqa: E402
+from conftest import OPERATORS  # noqa: E402
 
 RUNS = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not RUNS, reason="needs a CUDA device, or TRITON_INTERPRET=1")
 device = "cuda" if torch.cuda.is_available() else "cpu"
 if device == "cpu" and RUNS:
     interpreter.quicken()
+
+
+class Operators:
+    """maml_ext's, with those of the Triton engine in the place of the CPU engine's."""
+
+    def __getattr__(self, name):
+        return getattr(torch.ops.maml_ext, f"triton_{name}" if name in OPERATORS else name)
 
 
 def guarded(*shape, dtype=torch.float64, fill=float("nan")):
