@@ -10,9 +10,11 @@ from torch._subclasses import FakeTensorMode
 
 import maml_ext
 from maml_ext import compiled
-from maml_ext.ops import library
+from maml_ext.ops import cuda, library
 
-pytestmark = pytest.mark.skipif(bool(library.cuda_absent()), reason=f"runs CUDA kernels: {library.cuda_absent()}")
+pytestmark = pytest.mark.skipif(bool(library.ABSENT), reason=f"no binary: {library.ABSENT}")
+needs_kernels = pytest.mark.skipif(bool(library.cuda_absent()), reason=f"asks CUDA kernels: {library.cuda_absent()}")
+NOT_INSTALLED = "triton is not installed"
 
 
 class H100:
@@ -45,7 +47,15 @@ def sinusoids():
     return on_cuda(nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1)))
 
 
-def test_what_fits_runs_on_the_kernels(fake):
+@pytest.fixture(params=[None, NOT_INSTALLED], ids=["triton", "no triton"])
+def without_triton(request, monkeypatch):
+    """Why there is no Triton engine; both ways, whatever is installed: nothing is run."""
+    monkeypatch.setattr(cuda, "triton_absent", lambda: request.param)
+    return request.param
+
+
+@needs_kernels
+def test_what_fits_runs_on_the_kernels(fake, without_triton):
     maml = maml_ext.MAML(sinusoids(), lr=0.01, steps=5, loss="mse")
     x = torch.empty(25, 10, 1, device="cuda")
     report = maml.explain(x, x)
@@ -55,6 +65,7 @@ def test_what_fits_runs_on_the_kernels(fake):
     assert maml.adapt(x, x)(x).shape == (25, 10, 1)
 
 
+@needs_kernels
 @pytest.mark.parametrize(
     "module, reason",
     [
@@ -63,13 +74,37 @@ def test_what_fits_runs_on_the_kernels(fake):
     ],
     ids=["too large", "convolution"],
 )
-def test_what_does_not_says_why(module, reason, fake):
+def test_what_does_not_goes_to_triton_or_says_why(module, reason, fake, without_triton):
     maml = maml_ext.MAML(on_cuda(module), steps=1, loss="cross_entropy", backend="compiled")
     x, y = torch.empty(4, 5, 784, device="cuda"), torch.zeros(4, 5, dtype=torch.int64, device="cuda")
-    with pytest.raises(ValueError, match=f"not a network that the CUDA kernels run: {reason}"):
-        maml.adapt(x, y)
+    reason = f"not a network that the CUDA kernels run: {reason}"
+    if without_triton:
+        with pytest.raises(ValueError, match=f"{reason}.*; and there is no Triton engine: {NOT_INSTALLED}"):
+            maml.adapt(x, y)
+        return
+    report = maml.explain(x, y)
+    assert report.engine == "triton" and "all at once, layer by layer" in str(report)
+    assert len(report.reasons) == 1 and report.reasons[0].startswith(reason)
+    assert maml(x, y, x, y).shape == maml.adapt(x, y).loss(x, y).shape == (4,)
 
 
+def test_without_kernels_all_goes_to_triton_or_says_why(fake, without_triton, monkeypatch):
+    monkeypatch.setattr(library, "cuda_absent", lambda: library.CUDA_ABSENT)
+    maml = maml_ext.MAML(sinusoids(), steps=1, backend="compiled")
+    x = torch.empty(4, 5, 1, device="cuda")
+    reason = "there are no CUDA kernels: the installed package was built without"
+    if without_triton:
+        with pytest.raises(ValueError, match=f"{reason}.*; nor the Triton engine: {NOT_INSTALLED}"):
+            maml.adapt(x, x)
+        return
+    report = maml.explain(x, x)
+    assert report.engine == "triton" and len(report.reasons) == 1 and reason in report.reasons[0]
+    assert maml(x, x, x, x).shape == (4,)
+    monkeypatch.setenv("MAML_EXT_CUDA_GRAPHS", "0")
+    assert maml.explain(x, x).reasons[1:] == ["no CUDA graphs: MAML_EXT_CUDA_GRAPHS=0"]
+
+
+@needs_kernels
 @pytest.mark.parametrize("shape", [(), (6,), (5, 1)], ids=str)
 def test_rates_labels_and_weights_are_not_looked_at(shape, fake):
     head = on_cuda(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)))
@@ -77,11 +112,3 @@ def test_rates_labels_and_weights_are_not_looked_at(shape, fake):
     x, y = torch.empty(4, 5, 3, device="cuda"), torch.zeros(4, 5, dtype=torch.int64, device="cuda")
     weight = torch.ones(4, 5, device="cuda")
     assert maml(x, (y, weight), x, (y, weight)).shape == (4,)
-
-
-def test_a_package_without_kernels_says_so(fake, monkeypatch):
-    monkeypatch.setattr(library, "cuda_absent", lambda: library.CUDA_ABSENT)
-    maml = maml_ext.MAML(sinusoids(), steps=1, backend="compiled")
-    x = torch.empty(4, 5, 1, device="cuda")
-    with pytest.raises(ValueError, match="there are no CUDA kernels: the installed package was built without"):
-        maml.adapt(x, x)
