@@ -1,7 +1,9 @@
-# make demo, make test: each does its own set-up. Variables: VENV, PYTHON, TORCH, MAML_EXT_BUILD (see setup.py), ARGS.
+# make demo, make test: each does its own set-up. Variables: VENV, PYTHON, TORCH, EXTRAS, MAML_EXT_BUILD (see setup.py),
+# ARGS.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+EXTRAS ?= demo,test,benchmark,triton
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -18,12 +20,12 @@ help:
 
 install: $(STAMP)
 
-# Editable, so that the repository's own folders find the compiled part beside the sources. torch first: what
-# depends on it must not choose another.
+# Editable, so that the repository's own folders find the compiled part beside the sources. torch first, and named again:
+# what depends on it must not choose another, nor triton, of which CUDA builds of torch want one version.
 $(STAMP): $(SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel ninja pybind11
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[demo,test,benchmark]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation "$(TORCH)" --editable ".[$(EXTRAS)]"
 	rm -f $(VENV)/.installed-*
 	touch $@
 

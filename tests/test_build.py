@@ -6,9 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from cuda_resources import setup_script
 
 import maml_ext
@@ -32,6 +34,49 @@ def test_installed_packages():
     assert (Path(maml_ext.__file__).parent / "py.typed").exists()
     assert "torch" in importlib.metadata.requires("maml_ext")[0]
     assert all("extra" in r for r in importlib.metadata.requires("maml_ext")[1:]), "torch is the only dependency"
+
+
+USED = """
+import torch, maml_ext, maml_ext.kernels
+from maml_ext import compiled
+from maml_ext.ops import cuda
+net = torch.nn.Linear(2, 1)
+x, y = torch.ones(3, 4, 2), torch.zeros(3, 4, 1)
+maml_ext.MAML(net, steps=2)(x, y, x, y).sum().backward()
+maml_ext.sgd_update(torch.ones(2), torch.ones(2), 0.1)
+assert net.weight.grad.norm() > 0
+"""
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["installed or not", "not installed"])
+def test_the_package_does_without_triton(installed):
+    """Unless there is a CUDA device and something to be run there, it doesn't import triton even where it could."""
+    if installed:
+        script = f"import sys\n{USED}\nassert not [name for name in sys.modules if name.split('.')[0] == 'triton']"
+    else:
+        script = f"import sys\nsys.modules['triton'] = None\n{USED}\nassert cuda.triton_absent()"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(bool(library.ABSENT), reason=f"no binary: {library.ABSENT}")
+def test_an_operator_without_triton_says_so(monkeypatch):
+    monkeypatch.setattr(library, "triton_absent", lambda: "triton is not installed")
+    with pytest.raises(RuntimeError, match="maml_ext::predict: there is no Triton engine: triton is not installed"):
+        torch.ops.maml_ext.triton_predict([], [], None, torch.ones(1), torch.ones(1), [])
+
+
+def test_distributions_have_the_kernels(tmp_path):
+    kernels = {path.name for path in (ROOT / "kernels").glob("*.py")}
+    egg = ("egg_info", "--egg-base", str(tmp_path))
+    source = setup("--quiet", *egg, "sdist", "--dist-dir", str(tmp_path), MAML_EXT_BUILD="cpu")
+    assert source.returncode == 0, source.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {f"kernels/{name}" for name in kernels} <= names and "csrc/engine/checked_ops.cpp" in names
+    built = setup("--quiet", *egg, "build_py", "--build-lib", str(tmp_path), MAML_EXT_BUILD="none")
+    assert built.returncode == 0, built.stderr
+    assert {path.name for path in (tmp_path / "maml_ext" / "kernels").iterdir()} == kernels
 
 
 @pytest.mark.skipif(bool(library.ABSENT), reason=f"looks into the binary: {library.ABSENT}")
