@@ -1,9 +1,10 @@
-# make demo, make test: each does its own set-up. Variables: VENV, PYTHON, TORCH, EXTRAS, MAML_EXT_BUILD (see setup.py),
+# make demo, make test: each does its own set-up. Variables: VENV, PYTHON, TORCH, TRITON, MAML_EXT_BUILD (see setup.py),
 # ARGS.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-EXTRAS ?= demo,test,benchmark,triton
+# What kernels/resources.txt is of; CUDA builds of torch may want another. TRITON= leaves it out.
+TRITON ?= triton==3.8.0; platform_system == 'Linux'
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -21,11 +22,12 @@ help:
 install: $(STAMP)
 
 # Editable, so that the repository's own folders find the compiled part beside the sources. torch first, and named again:
-# what depends on it must not choose another, nor triton, of which CUDA builds of torch want one version.
+# what depends on it must not choose another.
 $(STAMP): $(SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel ninja pybind11
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation "$(TORCH)" --editable ".[$(EXTRAS)]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[demo,test,benchmark]" \
+		"$(TORCH)" $(if $(TRITON),"$(TRITON)")
 	rm -f $(VENV)/.installed-*
 	touch $@
 
