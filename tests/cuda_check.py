@@ -14,11 +14,12 @@ from torch._subclasses import FakeTensorMode
 import maml_ext
 from maml_ext import recognise
 from maml_ext.doctor import doctor
-from maml_ext.ops import library
+from maml_ext.ops import cuda, library
 from maml_ext.stateless import Layout
 
 ENGINE = ("predict", "pull", "pull_tangent", "score", "score_tangent", "adapt", "adjoint", "meta")
-ON_CUDA = ("sgd_update", "sgd_update_backward", *ENGINE)  # what has a kernel there
+COMPILED = ("sgd_update", "sgd_update_backward", *(f"cuda_{name}" for name in ENGINE))  # what the binary has for CUDA
+PRIVATE = ("checked_", "cuda_", "triton_")  # names of an engine's operator, all with the same arguments and results
 
 
 def check(condition: object, what: str) -> None:
@@ -42,8 +43,12 @@ def operators_with_a_fake() -> list[str]:
     return sorted(name.split("::")[1] for name in names if find(name).fake_impl.kernel is not None)
 
 
+def public(name: str) -> str:
+    return next((name.removeprefix(prefix) for prefix in PRIVATE if name.startswith(prefix)), name)
+
+
 def calls() -> dict[str, tuple]:
-    """Arguments for each operator, on the CPU."""
+    """Arguments for each public operator, on the CPU."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     layout = Layout(net)
@@ -74,7 +79,7 @@ def check_installation() -> None:
     where = os.path.dirname(maml_ext.__file__)
     check("site-packages" in where, f"the installed package, on torch {torch.__version__}")
     check(library.cuda_absent() is None, f"CUDA kernels, for {torch.ops.maml_ext.cuda_architectures()}")
-    for name in ON_CUDA:
+    for name in (*COMPILED, *ENGINE):
         has = torch._C._dispatch_has_kernel_for_dispatch_key(f"maml_ext::{name}", "CUDA")
         check(has, f"maml_ext::{name} has a kernel on CUDA")
     libtorch = ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
@@ -82,22 +87,23 @@ def check_installation() -> None:
 
 
 def check_shapes() -> None:
-    """Fake tensors on CUDA come out as real ones on the CPU do, but for the device."""
-    arguments = calls()
-    for name in operators_with_a_fake():
-        operator = getattr(torch.ops.maml_ext, name)
-        real = operator(*arguments[name])
+    """Fake tensors on CUDA come out as real ones on the CPU do, but for the device; so do those of private names."""
+    arguments, names = calls(), operators_with_a_fake()
+    check({prefix + name for prefix in PRIVATE for name in ENGINE} < set(names), "private operators have fakes")
+    for name in names:
+        operator, given = getattr(torch.ops.maml_ext, name), arguments[public(name)]
+        real = (operator if name.startswith("checked_") else getattr(torch.ops.maml_ext, public(name)))(*given)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            fake = operator(*on_cuda(arguments[name]))
+            fake = operator(*on_cuda(given))
         same = [(f.shape, f.dtype, f.device.type) for f in fake] == [(r.shape, r.dtype, "cuda") for r in real]
         check(same, f"maml_ext::{name} of fake CUDA tensors")
 
 
 def check_errors() -> None:
     on_cuda_key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    for name in ON_CUDA:
+    for name in COMPILED:
         operator = getattr(torch.ops.maml_ext, name).default
-        message = error_of(lambda: operator.redispatch(on_cuda_key, *calls()[name]))  # noqa: B023
+        message = error_of(lambda: operator.redispatch(on_cuda_key, *calls()[public(name)]))  # noqa: B023
         check("CUDA device" in message, f"maml_ext::{name} refuses CPU tensors on CUDA")
     if torch.cuda.device_count():
         return
@@ -108,10 +114,29 @@ def check_errors() -> None:
         tensors = on_cuda(calls()["sgd_update"])
     message = error_of(lambda: torch.ops.maml_ext.sgd_update.default.redispatch(on_cuda_key, *tensors))
     check("CUDA kernels: cuda" in message, f"a launch without a device: {message}")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = on_cuda(calls()["predict"])
+    message = error_of(lambda: torch.ops.maml_ext.predict.default.redispatch(on_cuda_key, *tensors))
+    check("cuda_shared_memory: cuda" in message, "the entry asks the device whether the network fits")
+
+
+def check_triton() -> None:
+    """Its engine runs as far as it does without a device, which is up to the launches."""
+    if cuda.triton_absent():
+        print(f"       no Triton engine: {cuda.triton_absent()}")
+        return
+    import triton
+    from maml_ext.kernels.launch import watched
+
+    launches = []
+    with watched(launches.append):  # whose answer is None: nothing is launched
+        torch.ops.maml_ext.triton_meta(*calls()["meta"])
+    check(launches, f"the Triton engine makes {len(launches)} launches, with triton {triton.__version__}")
 
 
 if __name__ == "__main__":
     check_installation()
     check_shapes()
     check_errors()
+    check_triton()
     sys.exit(doctor())
