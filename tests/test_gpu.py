@@ -1,4 +1,4 @@
-"""On a real CUDA device, `pytest -m gpu`: the CUDA kernels against the CPU engine and finite differences; memory errors.
+"""On a real CUDA device, `pytest -m gpu`: the CUDA kernels against the CPU engine, finite differences; memory errors.
 
 For the Triton engine see test_gpu_triton.py.
 """

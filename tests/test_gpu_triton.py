@@ -1,7 +1,8 @@
 """The Triton engine on a real CUDA device, `pytest -m gpu`: what shows nowhere else.
 
-tests/test_triton_*.py run there too, compiled instead of interpreted. Here calls go the way that users' calls go, by the
-entry of CUDA tensors, which is told that no network fits the CUDA kernels; what they give is compared with the CPU engine.
+tests/test_triton_*.py run there too, compiled instead of interpreted. Here calls go the way that users' calls go, by
+the entry of CUDA tensors, which is told that no network fits the CUDA kernels; what they give is compared with the CPU
+engine.
 """
 
 import pytest
