@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -167,11 +168,13 @@ struct Request {
     call.rates = pointer("lr", lr, lr.numel());
   }
 
-  // A result; where it is not wanted, no elements.
+  // A result, of zeros; where it is not wanted, no elements.
   Tensor result(bool wanted, const Ints& sizes, T*& to) {
-    if (!wanted) return torch::stable::new_empty(theta, {0});
-    const Tensor t = torch::stable::new_zeros(theta, sizes);
+    using torch::stable::new_empty, torch::stable::new_zeros;
+    if (!wanted) return new_empty(theta, {0});
+    const Tensor t = Device::kReadable ? new_empty(theta, sizes) : new_zeros(theta, sizes);
     to = t.template mutable_data_ptr<T>();
+    if (Device::kReadable) std::fill_n(to, t.numel(), T(0));
     return t;
   }
   Tensor result(bool wanted, const Tensor& shape_of, T*& to) {
