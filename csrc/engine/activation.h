@@ -1,6 +1,7 @@
 // Activations: the function with its first and second derivative, for the engines of every device. A new one is a
 // struct here, its name in the enum of network.h and its line in `with_activation`. What a caller does not use of the
-// three is never computed. Included where Vec<T> and the functions on it are defined: cpu/engine/simd.h, cuda/scalar.h.
+// three is never computed; kCurved says whether the second is ever other than 0. Included where Vec<T> and the
+// functions on it are defined: cpu/engine/simd.h, cuda/scalar.h.
 
 template <class T>
 struct Jet {
@@ -8,6 +9,7 @@ struct Jet {
 };
 
 struct Identity {
+  static constexpr bool kCurved = false;
   template <class T>
   static INLINE Jet<T> at(Vec<T> x, T, T) {
     return {x, splat<T>(1), Vec<T>{}};
@@ -15,6 +17,7 @@ struct Identity {
 };
 
 struct Relu {
+  static constexpr bool kCurved = false;
   template <class T>
   static INLINE Jet<T> at(Vec<T> x, T, T) {
     const Vec<T> zero{};
@@ -23,6 +26,7 @@ struct Relu {
 };
 
 struct LeakyRelu {
+  static constexpr bool kCurved = false;
   template <class T>
   static INLINE Jet<T> at(Vec<T> x, T slope, T) {
     const Vec<T> first = x > Vec<T>{} ? splat<T>(1) : splat<T>(slope);
@@ -31,6 +35,7 @@ struct LeakyRelu {
 };
 
 struct Elu {
+  static constexpr bool kCurved = true;
   template <class T>
   static INLINE Jet<T> at(Vec<T> x, T alpha, T) {
     const Vec<T> zero{}, below = alpha * exponential<T, true>(x), slope = below + alpha;
@@ -39,6 +44,7 @@ struct Elu {
 };
 
 struct Gelu {
+  static constexpr bool kCurved = true;
   template <class T>
   static INLINE Jet<T> at(Vec<T> x, T, T) {
     const Vec<T> erf = by_lane<T>(x * T(0.70710678118654752440), [](T v) { return erf_of(v); });
@@ -49,6 +55,7 @@ struct Gelu {
 };
 
 struct GeluTanh {
+  static constexpr bool kCurved = true;
   template <class T>
   static INLINE Jet<T> at(Vec<T> x, T, T) {
     const T scale = T(0.79788456080286535588), cubic = T(0.044715);
@@ -60,6 +67,7 @@ struct GeluTanh {
 };
 
 struct Silu {
+  static constexpr bool kCurved = true;
   template <class T>
   static INLINE Jet<T> at(Vec<T> x, T, T) {
     const Vec<T> s = vector_sigmoid<T>(x), slope = s * (1 - s);
@@ -68,6 +76,7 @@ struct Silu {
 };
 
 struct Softplus {
+  static constexpr bool kCurved = true;
   template <class T>
   static INLINE Jet<T> at(Vec<T> x, T beta, T threshold) {
     const Vec<T> scaled = x * beta, s = vector_sigmoid<T>(scaled);
@@ -78,6 +87,7 @@ struct Softplus {
 };
 
 struct Tanh {
+  static constexpr bool kCurved = true;
   template <class T>
   static INLINE Jet<T> at(Vec<T> x, T, T) {
     const Vec<T> t = vector_tanh<T>(x), first = 1 - t * t;
@@ -86,6 +96,7 @@ struct Tanh {
 };
 
 struct Sigmoid {
+  static constexpr bool kCurved = true;
   template <class T>
   static INLINE Jet<T> at(Vec<T> x, T, T) {
     const Vec<T> s = vector_sigmoid<T>(x), first = s * (1 - s);
@@ -94,6 +105,7 @@ struct Sigmoid {
 };
 
 struct Sine {
+  static constexpr bool kCurved = true;
   template <class T>
   static INLINE Jet<T> at(Vec<T> x, T, T) {
     const Vec<T> s = by_lane<T>(x, [](T v) { return sin_of(v); });

@@ -220,9 +220,9 @@ struct Block {
   static INLINE void flat(const Context<T>& c, const Layer& l, F f) {
     const Value &in = c.in(l), &out = c.out(l);
     if (in.image == out.image && in.halo_h + in.halo_w + out.halo_h + out.halo_w == 0) {
-      const int64_t size = in.h * in.row;  // of a sample: whole vectors
-      if (size == in.image && c.f.count * size < 65536) {
-        for (int64_t i = 0; i < c.f.count * size; i += kLanes<T>) f(i, i);
+      const int64_t size = in.h * in.row, all = c.f.count * size;  // of a sample: whole vectors
+      if (size == in.image && all < 65536) {
+        for (int64_t i = 0; i < all; i += kLanes<T>) f(i, i);
         return;
       }
     }
@@ -356,7 +356,8 @@ struct Block {
       const bool add = l.accumulate[0];
       flat(c, l, [&](int64_t i, int64_t o) {
         const Jet<T> jet = act(l, load<T>(x + i));
-        const V sum = jet.second * load<T>(x_t + i) * load<T>(g + o) + jet.first * load<T>(g_t + o);
+        V sum = jet.first * load<T>(g_t + o);
+        if constexpr (Act::kCurved) sum += jet.second * load<T>(x_t + i) * load<T>(g + o);
         put<T>(gx_t + i, sum, add);
       });
       return;
