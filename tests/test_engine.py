@@ -52,6 +52,17 @@ class Bottleneck(nn.Module):
         return self.head(F.adaptive_avg_pool2d(out, 1).view(x.size(0), -1))
 
 
+class Tied(nn.Module):
+    """A linear layer that is applied twice, between two that are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice, self.last = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.twice(torch.tanh(self.twice(self.first(x))))))
+
+
 def image_head(*layers, features):
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 2))
 
@@ -71,6 +82,7 @@ SMOOTH = {
     "softmax": (lambda: Wrapped(lambda x: x.softmax(-1), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), (3,)),
     "log softmax": (lambda: Wrapped(lambda x: F.log_softmax(x, 1), nn.Linear(3, 3)), (3,)),
     "wide": (lambda: nn.Sequential(nn.Linear(3, 67), nn.Tanh(), nn.Linear(67, 33), nn.SiLU(), nn.Linear(33, 1)), (3,)),
+    "tied": (Tied, (3,)),
     "convolution": (
         lambda: image_head(nn.Conv2d(2, 3, (3, 2), (2, 1), (1, 2), (1, 2)), nn.Tanh(), features=3 * 3 * 9), IMAGE
     ),
@@ -99,6 +111,9 @@ SMOOTH = {
 KINKED = {
     "relu": (lambda: mlp(nn.ReLU()), (3,)),
     "leaky relu": (lambda: mlp(nn.LeakyReLU(0.2)), (3,)),
+    "many features": (
+        lambda: nn.Sequential(nn.Linear(400, 150), nn.ReLU(), nn.Linear(150, 70), nn.Tanh(), nn.Linear(70, 9)), (400,)
+    ),
     "max pool": (
         lambda: image_head(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), features=18), IMAGE
     ),
@@ -252,11 +267,27 @@ def test_rates(shape, reduction):
 
 
 @pytest.mark.parametrize("tasks, support, query, steps", [(1, 1, 1, 1), (1, 7, 1, 0), (5, 1, 3, 2), (17, 3, 2, 1)])
-@pytest.mark.parametrize("name", ["wide", "convolution", "max pool", "group norm"])
+@pytest.mark.parametrize("name", ["wide", "tied", "relu", "convolution", "max pool", "group norm"])
 def test_odd_sizes(name, tasks, support, query, steps):
     module, batch = made(name, torch.float64, tasks, support, query)
     batch = Batch(*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in batch))  # not contiguous
     assert_close(*(results(module, batch, b, steps=steps) for b in ("compiled", "torch")))
+
+
+@pytest.mark.parametrize("name", ["wide", "tied", "many features", "batch norm 1d"])
+@pytest.mark.parametrize("rates", ["one", "a tensor", "a parameter"])
+def test_many_samples(name, rates):
+    """More than a block of rows has, some left out; the step is taken at once, or after the gradient."""
+    module, batch = made(name, torch.float64, 2, 53, 61)
+    sizes = [p.numel() for p in module.parameters()]
+    count = {"a tensor": len(sizes), "a parameter": sum(sizes)}.get(rates)
+    lr = 0.1 * torch.rand(count, dtype=torch.float64) if count else 0.07
+    weight = torch.rand(2, 53, dtype=torch.float64)
+    weight[:, ::3] = 0
+    for data in (batch, batch._replace(support_y=(batch.support_y, weight))):
+        found, expected = (results(module, data, b, lr=lr) for b in ("compiled", "torch"))
+        assert_close(found, expected)
+    assert relative_error(found[0], results(module, batch, "torch", lr=lr)[0]) > 1e-6  # the weights count
 
 
 def test_frozen_parameters_and_running_statistics_are_read_anew():
@@ -305,7 +336,7 @@ def test_a_padded_convolution_of_one_position_is_no_linear_layer():
     assert_close(*([maml_ext.network(module, theta, x, backend=b)] for b in ("compiled", "torch")))
 
 
-@pytest.mark.parametrize("name", ["wide", "max pool", "residual"])
+@pytest.mark.parametrize("name", ["wide", "many features", "max pool", "residual"])
 @pytest.mark.parametrize("tasks", [1, 3, 25])
 def test_the_same_bits_on_any_number_of_threads(name, tasks):
     module, batch = made(name, torch.float32, tasks)
@@ -325,9 +356,9 @@ def test_every_instruction_set(isa):
     """Those that the machine lacks are replaced by the best it has."""
     code = (
         "import torch, maml_ext; from torch import nn; torch.manual_seed(0)\n"
-        "head = nn.Flatten(), nn.Linear(45, 3)\n"
+        "head = nn.Flatten(), nn.Linear(45, 19), nn.ReLU(), nn.Linear(19, 1)\n"
         "net = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.SiLU(), *head).double()\n"
-        "data = [torch.randn(2, 4, 2, 5, 5).double(), torch.randn(2, 4, 3).double()] * 2\n"
+        "data = [torch.randn(2, 4, 2, 5, 5).double(), torch.randn(2, 4, 1).double()] * 2\n"
         "g = [torch.autograd.grad(maml_ext.MAML(net, lr=.1, steps=2, backend=b)(*data).sum(), list(net.parameters()))"
         " for b in ('compiled', 'torch')]\n"
         "print(max(float((a - b).norm() / (1e-9 + b.norm())) for a, b in zip(*g) if b.norm() > 1e-9))"

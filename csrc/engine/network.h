@@ -40,6 +40,7 @@ struct Slot {
   int64_t taps, inputs, outputs, groups;  // filter: inputs and outputs in all; channels, elements: outputs = channels
   int64_t height, width;                  // elements
   bool narrow;
+  bool stepped;      // adapted, and one linear layer alone reads it: its gradient may go into the step at once
   int64_t row;                            // elements of a row, before it is rounded up
   int64_t at, extent;                     // in the engine's parameter vector
   int64_t transposed;                     // filter: where its transpose is, -1: nobody needs it
@@ -71,6 +72,7 @@ struct Layer {
   const Rows* forward;    // result: positions of out, operand: positions of in
   const Rows* backward;   // one for each phase of the stride: result: positions of in, operand: of out
   int64_t phases;
+  bool linear;            // on vectors: one tap, one position
   const int32_t* filter_rows;  // of in, for each row (tap, input) of the filter gradient
   // norms
   Statistics statistics;

@@ -65,7 +65,7 @@ int Builder::slot(int64_t reference, SlotKind kind, int64_t taps, int64_t inputs
                   int64_t height, int64_t width, const char* what) {
   if (reference == -1) return -1;
   Slot s{kind, reference < 0, reference < 0 ? -(reference + 2) : reference,
-         taps, inputs, outputs, groups, height, width, false, outputs, 0, 0, -1};
+         taps, inputs, outputs, groups, height, width, false, false, outputs, 0, 0, -1};
   const int64_t extent = kind == kFilter     ? times(times(taps, inputs / groups), outputs)
                          : kind == kChannels ? outputs
                                              : times(times(height, width), outputs);
@@ -318,6 +318,16 @@ void Builder::lay_out() {
       const Value &in = values[l.in], &out = values[l.out];
       if (in.h * in.w * out.h * out.w > 1 || l.top || l.left) slots[l.weight].narrow = false;
     }
+  std::vector<int> slot_readers(slots.size());
+  for (const Layer& l : layers)
+    for (const int s : {l.weight, l.bias})
+      if (s >= 0) slot_readers[s]++;
+  for (Layer& l : layers) {
+    l.linear = l.kind == kContract && slots[l.weight].taps * slots[l.weight].groups == 1 &&
+               values[l.in].h * values[l.in].w * values[l.out].h * values[l.out].w == 1 && !l.top && !l.left;
+    for (const int s : {l.weight, l.bias})
+      if (s >= 0) slots[s].stepped = l.linear && !slots[s].fixed && slot_readers[s] == 1;
+  }
   const int last = layers.empty() ? 0 : layers.back().out;
   std::vector<bool> used(values.size());
   used[0] = used[last] = true;

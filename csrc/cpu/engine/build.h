@@ -14,6 +14,7 @@ namespace {
 #include "frame.h"
 #include "parameters.h"
 #include "contract.h"
+#include "linear.h"
 #include "../../engine/activation.h"
 #include "block.h"
 #include "norm.h"

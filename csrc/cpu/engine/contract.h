@@ -7,6 +7,9 @@
 // block of channels.
 
 template <class T>
+struct Linear;  // linear.h: the same on vectors
+
+template <class T>
 struct Contract {
   struct Term {
     const T* data;    // sample 0 of the operand, at its origin
@@ -14,11 +17,11 @@ struct Contract {
   };
 
   // At the positions of `rows` of every sample: result (+)= bias + sum of terms.
-  static void positions(const Context<T>& c, const Layer& l, const Rows& rows, const Value& result, T* to,
+  static void positions(const Context<T>& c, int64_t group, const Rows& rows, const Value& result, T* to,
                         const Value& operand, int64_t channels, const Term* terms, int count, const T* bias,
                         bool accumulate) {
     constexpr int64_t kTile = 120, kCache = 24 * 1024 / sizeof(T);  // positions; elements of filter kept in L1
-    const int64_t group = l.group, groups = (c.f.count + group - 1) / group;
+    const int64_t groups = (c.f.count + group - 1) / group;
     const int64_t vectors = result.pitch / kLanes<T>, panels = (vectors + 3) / 4;
     const int64_t in_group = group * rows.count, tiles = (in_group + kTile - 1) / kTile;
     const int64_t work = smaller(in_group, kTile) * smaller<int64_t>(vectors, 4) * kLanes<T> * rows.taps * channels;
@@ -137,62 +140,21 @@ struct Contract {
     }
   }
 
-  // Rows of a narrow filter lie along the input. Here a sample's product with one is a sum over lanes, of as many
-  // samples at once as a vector has lanes.
-  static void narrow_forward(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, const T* bias) {
-    constexpr int L = kLanes<T>;
-    const Value &in = c.in(l), &out = c.out(l);
-    const int64_t last = (in.c - 1) / L * L;
-    typename Simd<T>::Int real;
-    for (int i = 0; i < L; i++) real[i] = last + i < in.c ? -1 : 0;
-    for (int64_t o = 0; o < out.c; o++)
-      for (int64_t n = 0; n < c.f.count; n += L) {
-        const int64_t samples = smaller<int64_t>(L, c.f.count - n);
-        Vec<T> sum[L];
-        for (int i = 0; i < L; i++) {
-          sum[i] = Vec<T>{};
-          if (i < samples)
-            for (int s = 0; s < count; s++) {
-              const T *data = terms[s].data + (n + i) * in.image, *filter = terms[s].filter + o * in.pitch;
-              for (int64_t k = 0; k < last; k += L) sum[i] += load<T>(data + k) * load<T>(filter + k);
-              // What is in the padding, a NaN of an earlier call perhaps, does not count.
-              sum[i] += select<T>(real, load<T>(data + last) * load<T>(filter + last), Vec<T>{});
-            }
-        }
-        transpose_tile<T>(sum);
-        Vec<T> total = splat<T>(bias ? bias[o] : 0);
-#pragma GCC unroll 16
-        for (int i = 0; i < L; i++) total += sum[i];
-        for (int i = 0; i < samples; i++) to[(n + i) * out.image + o] = total[i];
-      }
-  }
-  static void narrow_filter(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, bool add) {
-    const Value &in = c.in(l), &out = c.out(l);
-    for (int64_t o = 0; o < out.c; o++)
-      for (int64_t k = 0; k < in.pitch; k += kLanes<T>) {
-        Vec<T> sum{};
-        for (int s = 0; s < count; s++)
-          for (int64_t n = 0; n < c.f.count; n++)
-            sum += load<T>(terms[s].data + n * in.image + k) * terms[s].filter[n * out.image + o];
-        put<T>(to + o * in.pitch + k, sum, add);
-      }
-    for (int64_t o = 0; o < out.c; o++)  // or the padding, which data may fill, would count in the next forward pass
-      for (int64_t k = in.c; k < in.pitch; k++) to[o * in.pitch + k] = 0;
-  }
-
   // out (+)= bias + sum of terms
   static void to_output(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, const T* bias) {
-    if (c.net.slot[l.weight].narrow)
-      narrow_forward(c, l, to, terms, count, bias);
-    else
-      positions(c, l, *l.forward, c.out(l), to, c.in(l), c.in(l).c, terms, count, bias, false);
+    if (l.linear) return Linear<T>::to_output(c, l, to, terms, count, bias);
+    positions(c, l.group, *l.forward, c.out(l), to, c.in(l), c.in(l).c, terms, count, bias, false);
   }
-  static void to_filter(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count) {
-    (c.net.slot[l.weight].narrow ? narrow_filter : filter)(c, l, to, terms, count, !l.writes_weight);
+  // The gradients of the parameters: the filter's from the terms, the bias' from those that f holds.
+  static void to_parameters(const Context<T>& c, const Layer& l, const Term* terms, int count, const Frame<T>& f) {
+    if (l.linear) return Linear<T>::to_parameters(c, l, terms, count, f.gradient(c.out(l)));
+    if (T* to = c.gradient(l.weight)) filter(c, l, to, terms, count, !l.writes_weight);
+    if (T* to = c.gradient(l.bias)) bias(c, l, f, to);
   }
   static void to_input(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count) {
+    if (l.linear) return Linear<T>::to_input(c, l, to, terms, count);
     for (int64_t i = 0; i < l.phases; i++)
-      positions(c, l, l.backward[i], c.in(l), to, c.out(l), c.out(l).c, terms, count, nullptr, l.accumulate[0]);
+      positions(c, l.group, l.backward[i], c.in(l), to, c.out(l), c.out(l).c, terms, count, nullptr, l.accumulate[0]);
   }
 
   static void forward(const Context<T>& c, const Layer& l) {
@@ -202,11 +164,8 @@ struct Contract {
 
   static void backward(const Context<T>& c, const Layer& l) {
     const T* g = c.f.gradient(c.out(l));
-    if (T* to = c.gradient(l.weight)) {
-      const Term term{c.f.value(c.in(l)), g};
-      to_filter(c, l, to, &term, 1);
-    }
-    if (T* to = c.gradient(l.bias)) bias(c, l, c.f, to);
+    const Term data{c.f.value(c.in(l)), g};
+    to_parameters(c, l, &data, 1, c.f);
     if (c.net.needs_gradient[l.in]) {
       const Term term{g, c.p.flipped(c.net.slot[l.weight])};
       to_input(c, l, c.f.gradient(c.in(l)), &term, 1);
@@ -224,15 +183,12 @@ struct Contract {
   static void tangent_backward(const Context<T>& c, const Layer& l) {
     const Slot& weight = c.net.slot[l.weight];
     const T *g = c.f.gradient(c.out(l)), *tangent = c.t.gradient(c.out(l));
-    if (T* to = c.gradient(l.weight)) {
-      const Term terms[2] = {{c.f.value(c.in(l)), tangent}, {c.t.value(c.in(l)), g}};
-      to_filter(c, l, to, terms, c.net.has_tangent[l.in] ? 2 : 1);
-    }
-    if (T* to = c.gradient(l.bias)) bias(c, l, c.t, to);
-    if (c.net.needs_gradient[l.in]) {
+    if (c.net.needs_gradient[l.in]) {  // before the step, which may change the direction in place
       Term terms[2] = {{tangent, c.p.flipped(weight)}};
       if (!weight.fixed) terms[1] = {g, c.d.flipped(weight)};
       to_input(c, l, c.t.gradient(c.in(l)), terms, weight.fixed ? 1 : 2);
     }
+    const Term data[2] = {{c.f.value(c.in(l)), tangent}, {c.t.value(c.in(l)), g}};
+    to_parameters(c, l, data, c.net.has_tangent[l.in] ? 2 : 1, c.t);
   }
 };

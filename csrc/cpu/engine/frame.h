@@ -47,6 +47,14 @@ struct Crew {
   }
 };
 
+// Where the gradient of a parameter goes: to = from + scale * gradient. null `to`: nowhere; null `from`: zeros.
+template <class T>
+struct Sink {
+  T* to;
+  const T* from;
+  T scale;
+};
+
 // What the four rules of a layer are given. A rule reads and writes the frames:
 //   forward           values of in -> values of out
 //   backward          gradient at out -> gradient at in and of the parameters
@@ -59,12 +67,20 @@ struct Context {
   Crew crew;
   Frame<T> f, t;              // the values, and (tangent rules) their tangents
   Parameters<T> p, d;         // the parameters, and their direction
-  T* gradients;               // of the parameters (backward), or their tangent (tangent_backward)
+  T* gradients;               // of the parameters (backward), or their tangent (tangent_backward); null: not wanted
+  Sink<T> step;               // of a step: the vectors of parameters it leads to (null: none) and from
 
   INLINE const Value& in(const Layer& l) const { return net.value[l.in]; }
   INLINE const Value& out(const Layer& l) const { return net.value[l.out]; }
   INLINE T* gradient(int slot) const {
-    return slot < 0 || net.slot[slot].fixed ? nullptr : gradients + net.slot[slot].at;
+    return slot < 0 || net.slot[slot].fixed || !gradients ? nullptr : gradients + net.slot[slot].at;
+  }
+  // The same, but a slot that is `stepped` takes the step at once. `first`: to reach the slot.
+  INLINE Sink<T> sink(int slot, bool first) const {
+    if (step.to && slot >= 0 && net.slot[slot].stepped)
+      return {step.to + net.slot[slot].at, step.from + net.slot[slot].at, step.scale};
+    T* to = gradient(slot);
+    return {to, first ? nullptr : to, 1};
   }
 };
 
@@ -72,4 +88,8 @@ struct Context {
 template <class T>
 INLINE void put(T* at, Vec<T> value, bool add) {
   store<T>(at, load_or_zero<T>(add ? at : nullptr) + value);
+}
+template <class T>
+INLINE void put(const Sink<T>& sink, int64_t at, Vec<T> gradient) {
+  store<T>(sink.to + at, load_or_zero<T>(sink.from ? sink.from + at : nullptr) + sink.scale * gradient);
 }

@@ -113,25 +113,49 @@ void product(const Product<T>& p, int64_t begin, int64_t end) {
   }
 }
 
+// Which lanes interleave the lower halves of two vectors, and the upper.
+template <class T>
+struct Interleaving {
+  typename Simd<T>::Int low, high;
+};
+template <class T>
+INLINE Interleaving<T> interleaving() {
+  Interleaving<T> result;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; i++) {
+    result.low[i] = i / 2 + (i % 2) * kLanes<T>;
+    result.high[i] = result.low[i] + kLanes<T> / 2;
+  }
+  return result;
+}
+
 // Transposes a tile of L vectors in registers. Interleaving the halves of the list, log2(L) times, moves the index of
 // a lane to where the index of its vector was: always the same two shuffles.
 template <class T>
 INLINE void transpose_tile(Vec<T>* v) {
   constexpr int L = kLanes<T>;
-  typename Simd<T>::Int low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < L; i++) {
-    low[i] = i / 2 + (i % 2) * L;
-    high[i] = low[i] + L / 2;
-  }
+  const Interleaving<T> lanes = interleaving<T>();
 #pragma GCC unroll 4
   for (int stage = 1; stage < L; stage *= 2) {
     Vec<T> next[L];
 #pragma GCC unroll 16
-    for (int i = 0; i < L; i++) next[i] = __builtin_shuffle(v[i / 2], v[i / 2 + L / 2], i % 2 ? high : low);
+    for (int i = 0; i < L; i++) next[i] = __builtin_shuffle(v[i / 2], v[i / 2 + L / 2], i % 2 ? lanes.high : lanes.low);
 #pragma GCC unroll 16
     for (int i = 0; i < L; i++) v[i] = next[i];
   }
+}
+
+// Of L vectors, the sum of the lanes of each: half as many vectors in each of log2(L) rounds.
+template <class T>
+INLINE Vec<T> sums_of_lanes(Vec<T>* v) {
+  constexpr int L = kLanes<T>;
+  const Interleaving<T> lanes = interleaving<T>();
+#pragma GCC unroll 4
+  for (int half = L / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; i++)
+      v[i] = __builtin_shuffle(v[i], v[i + half], lanes.low) + __builtin_shuffle(v[i], v[i + half], lanes.high);
+  return v[0];
 }
 
 // out[c][r] = in[r][c]. `rows` of `in` may be fewer than whole vectors; the columns of both are padded to those.

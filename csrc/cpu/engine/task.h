@@ -143,6 +143,16 @@ struct Task {
   void update(T* to, const T* base, const T* a, T scale, const T* rate) const {
     timed(kUpdating, kForward, [&] { combine_parameters<T>(net.adapted, to, base, a, scale, rate); });
   }
+  // What steps in the backward pass did not take: parameters that not one linear layer reads alone.
+  void rest_of_step(const Sink<T>& step, const T* a) const {
+    for (int i = 0; i < net.slots; i++) {
+      const Slot& s = net.slot[i];
+      if (!s.fixed && !s.stepped)
+        timed(kUpdating, kForward, [&] {
+          combine_parameters<T>(s.extent, step.to + s.at, step.from + s.at, a + s.at, step.scale, nullptr);
+        });
+    }
+  }
   void all(int which, const Context<T>& c) const {
     if (which == kForward || which == kTangentForward)
       for (int i = 0; i < net.layers; i++) rule(which, i, c);
@@ -151,7 +161,8 @@ struct Task {
   }
 
   Context<T> context(const Frame<T>& f, const T* parameters, const T* flipped, const T* along, T* to) const {
-    Context<T> c{net, crew, f, tangent, {parameters, constants, flipped}, {along, nullptr, transposed_direction}, to};
+    const Parameters<T> p{parameters, constants, flipped}, d{along, nullptr, transposed_direction};
+    Context<T> c{net, crew, f, tangent, p, d, to, {}};
     c.t.samples = f.samples, c.t.count = f.count;
     return c;
   }
@@ -232,9 +243,11 @@ struct Task {
     for (int64_t i = 0; i < net.parameters; i++) to[t * net.parameters + i] = from[i];
   }
 
-  void gradient_of_step(int64_t k, int64_t t, bool compact) const {
+  // `gradients`, where not null, get the gradient; but for what takes `step` at once, if there is one.
+  void gradient_of_step(int64_t k, int64_t t, bool compact, T* gradients, const Sink<T>& step) const {
     const Frame<T>& f = frame_at(k);
-    const Context<T> c = context(f, theta_at(k), transposed_at(k), nullptr, gradient_at(k));
+    Context<T> c = context(f, theta_at(k), transposed_at(k), nullptr, gradients);
+    c.step = step;
     if (!(loaded && k == 0 && kept_frames)) transpose(c.p, transposed_at(k));
     all(kForward, c);
     Data<T> silent = call.support;
@@ -254,8 +267,14 @@ struct Task {
       for (int64_t i = 0; i < x.image * frames[0].count; i++) to[i] = from[i];
     }
     for (int64_t k = 0; k < call.steps; k++) {
-      gradient_of_step(k, t, compact);
-      update(theta_at(k + 1), theta_at(k), gradient_at(k), call.per_parameter ? T(-1) : -rate(k), rate_row(k));
+      if (call.per_parameter || many_gradients()) {
+        gradient_of_step(k, t, compact, gradient_at(k), {});
+        update(theta_at(k + 1), theta_at(k), gradient_at(k), call.per_parameter ? T(-1) : -rate(k), rate_row(k));
+      } else {
+        const Sink<T> step{theta_at(k + 1), theta_at(k), -rate(k)};
+        gradient_of_step(k, t, compact, gradient_at(k), step);
+        rest_of_step(step, gradient_at(k));
+      }
       if (call.mode != kAdapt) continue;
       copy_theta(call.to_trajectory[k], t);
       from_engine<T>(net, theta_at(k + 1), call.to_trajectory[k] + t * net.parameters);
@@ -276,7 +295,7 @@ struct Task {
       const bool anew = !kept_frames && (!call.first_order || call.to_rates);
       const Frame<T>& f = frame_at(k);
       const T* g = gradient_at(k);
-      if (anew) gradient_of_step(k, t, compact);
+      if (anew) gradient_of_step(k, t, compact, call.to_rates ? gradient_at(k) : nullptr, {});
       const int64_t row = call.rate_rows > 1 ? k : 0;
       if (to_rate) to_rate[row] -= dot<T>(net, lambda, g);
       if (to_rate_rows) {
@@ -288,11 +307,12 @@ struct Task {
       const T scale = call.per_parameter ? T(-1) : -rate(k);
       if (call.per_parameter) update(direction, nullptr, lambda, T(1), rate_row(k));
       const T* along = call.per_parameter ? direction : lambda;
-      const Context<T> c = context(f, theta_at(k), transposed_at(k), along, hessian);
+      Context<T> c = context(f, theta_at(k), transposed_at(k), along, hessian);
+      c.step = {lambda, lambda, scale};
       tangent_pass(c);
       loss<Dual<double>>(f, call.support, t, compact, scale);
       all(kTangentBackward, c);
-      update(lambda, lambda, hessian, scale, nullptr);
+      rest_of_step(c.step, hessian);
       if (net.input_active)
         give_back(net.value[0], c.t.gradient(net.value[0]) - net.value[0].origin, call.support.to_x, t, call.support,
                   f, compact, scale);
@@ -335,8 +355,8 @@ struct Task {
       for (int64_t i = 0; i < v.image * f.count; i++) to[i] = 0;
   }
 
-  // The whole call for task t. `sum` collects lambda_0 over tasks where the call reduces.
-  void run(int64_t t, T* sum, double* to_rate, T* to_rate_rows) {
+  // The whole call for task t. `sum` collects lambda_0 over tasks where the call reduces, the first of which sets it.
+  void run(int64_t t, T* sum, bool first, double* to_rate, T* to_rate_rows) {
     const Value &x = net.value[0], &y = last();
     if (!loaded) load_theta(theta_at(0), call.theta, t, call.shared);
     const T* scored = theta_at(0);
@@ -410,7 +430,7 @@ struct Task {
     if (support_compact) load_samples(frames[0], call.support, t);  // `kept` held the query's
     recur(t, support_compact, to_rate, to_rate_rows);
     if (sum)
-      update(sum, sum, lambda, T(1), nullptr);
+      update(sum, first ? nullptr : sum, lambda, T(1), nullptr);
     else
       store_theta_gradient(lambda, t);
   }
@@ -451,8 +471,9 @@ struct Work {
     T* sums = theta_sums + g * extent;
     double* to_rate = numbers ? rate_sums + g * numbers : nullptr;
     T* rows = call.to_rates && call.per_parameter ? sums + (call.reduce ? call.net->adapted : 0) : nullptr;
-    for (int64_t t = call.tasks * g / groups; t < call.tasks * (g + 1) / groups; t++) {
-      task.run(t, call.reduce ? sums : nullptr, to_rate, rows);
+    const int64_t first = call.tasks * g / groups;
+    for (int64_t t = first; t < call.tasks * (g + 1) / groups; t++) {
+      task.run(t, call.reduce ? sums : nullptr, t == first, to_rate, rows);
       // Two vectors that take turns do not keep it.
       task.loaded = call.shared && (task.many_thetas() || call.steps < 2);
     }
@@ -502,7 +523,8 @@ void run(const Call<T>& call, const Machine& machine) {
   work.rate_sums = (double*)sums;
   work.theta_sums = (T*)(sums + numbers_bytes);
   for (int64_t i = 0; i < work.groups * work.numbers; i++) work.rate_sums[i] = 0;
-  for (int64_t i = 0; i < work.groups * work.extent; i++) work.theta_sums[i] = 0;
+  if (rows)
+    for (int64_t i = 0; i < work.groups * work.extent; i++) work.theta_sums[i] = 0;
 
   if (work.workers > 1)
     machine.split(work.workers, 1, &work, &Work<T>::some);

@@ -1,0 +1,184 @@
+// The products of contract.h for linear layers on vectors: a sample is a row, rows are evenly spaced. Small networks
+// are made of these, and what they spend beside products counts: rows need no tables, and the gradient of a filter that
+// no other layer reads is not stored but goes into the step it is for (Sink).
+
+// C = from + scale * sum over terms and k of A[row * a_row + k * a_step] * B[k * b_row ...], like product.h's.
+template <class T>
+struct Dense {
+  T* c;
+  int64_t c_row;
+  const T* from;        // null: zeros
+  int64_t from_row;     // 0: the same for every row, such as the bias
+  T scale;
+  int64_t rows, inner, a_row, a_step, b_row;
+  struct {
+    const T *a, *b;
+  } term[2];
+  int terms;
+};
+
+// Rows [row, end), M at a time, of W vectors in registers.
+template <class T, int M, int W>
+__attribute__((noinline)) void dense_rows(const Dense<T>& p, int64_t row, int64_t end, int64_t column) {
+  const int64_t inner = p.inner, a_row = p.a_row, a_step = p.a_step, b_row = p.b_row;
+  for (; row < end; row += M) {
+    Vec<T> sum[M][W] = {};
+    for (int g = 0; g < p.terms; g++) {
+      const T *a = p.term[g].a + row * a_row, *b = p.term[g].b + column;
+#pragma GCC unroll 2
+      for (int64_t k = 0; k < inner; k++) {
+        Vec<T> bs[W];
+#pragma GCC unroll 4
+        for (int w = 0; w < W; w++) bs[w] = load<T>(b + w * kLanes<T>);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+          const Vec<T> as = splat<T>(a[m * a_row]);
+#pragma GCC unroll 4
+          for (int w = 0; w < W; w++) sum[m][w] += as * bs[w];
+        }
+        a += a_step;
+        b += b_row;
+      }
+    }
+    const T* from = p.from ? p.from + row * p.from_row + column : kZeros<T>;
+    const int64_t from_row = p.from ? p.from_row : 0, from_step = p.from ? kLanes<T> : 0, c_row = p.c_row;
+    T* c = p.c + row * c_row + column;
+    const Vec<T> scale = splat<T>(p.scale);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+#pragma GCC unroll 4
+      for (int w = 0; w < W; w++) store<T>(c + w * kLanes<T>, load<T>(from + w * from_step) + scale * sum[m][w]);
+      c += c_row;
+      from += from_row;
+    }
+  }
+}
+
+template <class T, int W, int M = kBlockRows[W]>
+INLINE void dense_blocks(const Dense<T>& p, int64_t each, int64_t row, int64_t end, int64_t column) {
+  if (each == M)
+    dense_rows<T, M, W>(p, row, end, column);
+  else if constexpr (M > 1)
+    dense_blocks<T, W, M - 1>(p, each, row, end, column);
+}
+
+// Rows [row, end) in blocks of nearly equal size, as panel_product has them.
+template <class T, int W>
+void dense_panel(const Dense<T>& p, int64_t row, int64_t end, int64_t column) {
+  const uint32_t rows = end - row, blocks = (rows + kBlockRows[W] - 1) / kBlockRows[W], each = rows / blocks;
+  const int64_t cut = row + int64_t(rows - each * blocks) * (each + 1);
+  if (cut > row) dense_blocks<T, W>(p, each + 1, row, cut, column);
+  if (cut < end) dense_blocks<T, W>(p, each, cut, end, column);
+}
+
+template <class T>
+struct Linear {
+  typedef typename Contract<T>::Term Term;
+
+  // Rows [row, end) of vectors [first, first + width) of C.
+  static void part(const Dense<T>& p, int64_t row, int64_t end, int64_t first, int64_t width) {
+    switch (width) {
+      case 1: return dense_panel<T, 1>(p, row, end, first * kLanes<T>);
+      case 2: return dense_panel<T, 2>(p, row, end, first * kLanes<T>);
+      case 3: return dense_panel<T, 3>(p, row, end, first * kLanes<T>);
+      default: return dense_panel<T, 4>(p, row, end, first * kLanes<T>);
+    }
+  }
+  // All of C, whose rows are `vectors` long.
+  static void multiply(const Context<T>& c, const Dense<T>& p, int64_t vectors) {
+    constexpr int64_t kRows = 48;
+    if (p.rows <= kRows && vectors <= 4) return part(p, 0, p.rows, 0, vectors);
+    const int64_t chunks = (p.rows + kRows - 1) / kRows, panels = (vectors + 3) / 4;
+    c.crew.each(chunks * panels, p.rows / chunks * vectors / panels * kLanes<T> * p.inner * p.terms, [&](int64_t i) {
+      const int64_t chunk = i / panels, panel = i % panels, first = vectors * panel / panels;
+      part(p, p.rows * chunk / chunks, p.rows * (chunk + 1) / chunks, first, vectors * (panel + 1) / panels - first);
+    });
+  }
+
+  // A row for each sample: to (+)= bias + sum over terms of data * filter.
+  static void samples(const Context<T>& c, int64_t group, const Rows& rows, const Value& result, T* to,
+                      const Value& operand, const Term* terms, int count, const T* bias, bool accumulate) {
+    constexpr int64_t kCache = 24 * 1024 / sizeof(T);  // elements of filter kept in L1, as in contract.h
+    const int64_t vectors = result.pitch / kLanes<T>;
+    if (c.f.count > 2 * kBlockRows[4] && operand.c * smaller<int64_t>(vectors, 4) * kLanes<T> > kCache)
+      return Contract<T>::positions(c, group, rows, result, to, operand, operand.c, terms, count, bias, accumulate);
+    Dense<T> p{to, result.image, accumulate ? to : bias, accumulate ? result.image : 0, 1,
+               c.f.count, operand.c, operand.image, 1, result.pitch, {}, count};
+    for (int s = 0; s < count; s++) p.term[s] = {terms[s].data, terms[s].filter};
+    multiply(c, p, vectors);
+  }
+
+  // The filter of a narrow layer lies along the input. Here a sample's product with a row is a sum over lanes, of as
+  // many samples at once as a vector has lanes.
+  static void narrow_forward(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, const T* bias) {
+    constexpr int L = kLanes<T>;
+    const Value &in = c.in(l), &out = c.out(l);
+    const int64_t last = (in.c - 1) / L * L;
+    typename Simd<T>::Int real;
+    for (int i = 0; i < L; i++) real[i] = last + i < in.c ? -1 : 0;
+    for (int64_t o = 0; o < out.c; o++)
+      for (int64_t n = 0; n < c.f.count; n += L) {
+        const int64_t samples = smaller<int64_t>(L, c.f.count - n);
+        Vec<T> sum[L];
+        for (int i = 0; i < L; i++) {
+          sum[i] = Vec<T>{};
+          if (i < samples)
+            for (int s = 0; s < count; s++) {
+              const T *data = terms[s].data + (n + i) * in.image, *filter = terms[s].filter + o * in.pitch;
+              for (int64_t k = 0; k < last; k += L) sum[i] += load<T>(data + k) * load<T>(filter + k);
+              // What is in the padding, a NaN of an earlier call perhaps, does not count.
+              sum[i] += select<T>(real, load<T>(data + last) * load<T>(filter + last), Vec<T>{});
+            }
+        }
+        T total[L];
+        store<T>(total, splat<T>(bias ? bias[o] : 0) + sums_of_lanes<T>(sum));
+        for (int i = 0; i < samples; i++) to[(n + i) * out.image + o] = total[i];
+      }
+  }
+
+  static void narrow_filter(const Context<T>& c, const Layer& l, const Sink<T>& sink, const Term* terms, int count) {
+    const Value &in = c.in(l), &out = c.out(l);
+    for (int64_t o = 0; o < out.c; o++)
+      for (int64_t k = 0; k < in.pitch; k += kLanes<T>) {
+        Vec<T> sum{};
+        for (int s = 0; s < count; s++)
+          for (int64_t n = 0; n < c.f.count; n++)
+            sum += load<T>(terms[s].data + n * in.image + k) * terms[s].filter[n * out.image + o];
+        put<T>(sink, o * in.pitch + k, sum);
+      }
+    for (int64_t o = 0; o < out.c; o++)  // or the padding, which data may fill, would count in the next forward pass
+      for (int64_t k = in.c; k < in.pitch; k++) sink.to[o * in.pitch + k] = 0;
+  }
+
+  static void to_output(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, const T* bias) {
+    if (c.net.slot[l.weight].narrow)
+      narrow_forward(c, l, to, terms, count, bias);
+    else
+      samples(c, l.group, *l.forward, c.out(l), to, c.in(l), terms, count, bias, false);
+  }
+
+  // The gradients of the parameters: terms are of data and gradients; g, of which the bias' is the sum.
+  static void to_parameters(const Context<T>& c, const Layer& l, const Term* terms, int count, const T* g) {
+    const Value &in = c.in(l), &out = c.out(l);
+    if (const Sink<T> sink = c.sink(l.weight, l.writes_weight); sink.to) {
+      if (c.net.slot[l.weight].narrow) {
+        narrow_filter(c, l, sink, terms, count);
+      } else {
+        Dense<T> p{sink.to, out.pitch, sink.from, out.pitch, sink.scale, in.c, c.f.count, 1, in.image, out.image, {},
+                   count};
+        for (int s = 0; s < count; s++) p.term[s] = {terms[s].data, terms[s].filter};
+        multiply(c, p, out.pitch / kLanes<T>);
+      }
+    }
+    if (const Sink<T> sink = c.sink(l.bias, l.writes_bias); sink.to)
+      for (int64_t k = 0; k < out.pitch; k += kLanes<T>) {
+        Vec<T> sum{};
+        for (int64_t n = 0; n < c.f.count; n++) sum += load<T>(g + n * out.image + k);
+        put<T>(sink, k, sum);
+      }
+  }
+
+  static void to_input(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count) {
+    samples(c, l.group, *l.backward, c.in(l), to, c.out(l), terms, count, nullptr, l.accumulate[0]);
+  }
+};
