@@ -111,6 +111,14 @@ SMOOTH = {
 KINKED = {
     "relu": (lambda: mlp(nn.ReLU()), (3,)),
     "leaky relu": (lambda: mlp(nn.LeakyReLU(0.2)), (3,)),
+    "negative slope": (lambda: mlp(nn.LeakyReLU(-0.5)), (3,)),
+    "relu at both ends": (lambda: nn.Sequential(nn.ReLU(), mlp(nn.ReLU()), nn.LeakyReLU(0.1)), (3,)),
+    "relu beside its input": (lambda: Wrapped(lambda x: F.relu(x) - 0.3 * x, nn.Linear(3, 2)), (3,)),
+    "relu between convolutions": (
+        lambda: image_head(
+            nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 3, padding=1), nn.LeakyReLU(0.1), features=70
+        ), IMAGE
+    ),
     "many features": (
         lambda: nn.Sequential(nn.Linear(400, 150), nn.ReLU(), nn.Linear(150, 70), nn.Tanh(), nn.Linear(70, 9)), (400,)
     ),

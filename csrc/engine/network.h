@@ -19,7 +19,7 @@ enum LossKind : int { kNoLoss = -1, kMse, kHuber, kLabels, kSoftLabels, kBinary 
 // n * image + origin + y * row + x * pitch. `pitch` is the number of channels rounded up to whole vectors, and
 // around each image is a halo of zeros as wide as the padding of the convolutions that read it: so no kernel has a
 // special case for a border or a remainder. (The input of convolutions alone is not rounded up: it is read scalar
-// by scalar.)
+// by scalar.) What an activation puts out may have the place of its input.
 struct Value {
   int64_t c, h, w;
   int64_t pitch, row, image, origin;

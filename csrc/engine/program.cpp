@@ -357,6 +357,19 @@ void Builder::lay_out() {
   for (const Layer& l : layers)
     for (const int v : {l.in, l.second})
       if (v >= 0 && (++readers[v] > 1 || l.kind != kBlock)) values[v].spent = false;
+  // An activation that only scales, by the sign of its input, works in place: the sign of its output is the same.
+  std::vector<int> home(values.size(), -1);
+  std::vector<bool> contracted(values.size());
+  for (const Layer& l : layers) {
+    contracted[l.out] = l.kind == kContract;
+    const bool scales = l.activation == kRelu || (l.activation == kLeakyRelu && l.a >= 0);
+    const Value &in = values[l.in], &out = values[l.out];
+    if (l.kind != kBlock || l.statistics != kNoStatistics || l.pooled || !scales || !contracted[l.in] ||
+        readers[l.in] > 1 || in.halo_h != out.halo_h || in.halo_w != out.halo_w)
+      continue;
+    home[l.out] = l.in;
+    values[l.in].spent = false;
+  }
   int64_t at = 0;
   for (size_t v = 0; v < values.size(); v++) {
     Value& value = values[v];
@@ -365,9 +378,9 @@ void Builder::lay_out() {
     value.row = times(value.pitch, value.w + 2 * value.halo_w);
     value.image = times(value.row, value.h + 2 * value.halo_h);
     value.origin = value.halo_h * value.row + value.halo_w * value.pitch;
-    value.at = at;
-    at += round_up(value.image);
     value.image = round_up(value.image);
+    value.at = home[v] < 0 ? at : values[home[v]].at;
+    if (home[v] < 0) at += value.image;
     times(at, 1);
     require(value.image < std::numeric_limits<int32_t>::max() / 256, "a sample is too large");
   }
@@ -376,8 +389,8 @@ void Builder::lay_out() {
   for (const bool spent : {false, true}) {
     for (size_t v = 0; v < values.size(); v++)
       if (used[v] && values[v].spent == spent) {
-        values[v].gradient_at = gradient_at;
-        gradient_at += values[v].image;
+        values[v].gradient_at = home[v] < 0 ? gradient_at : values[home[v]].gradient_at;
+        if (home[v] < 0) gradient_at += values[v].image;
       }
     if (!spent) network.frame_unspent = gradient_at;
   }
