@@ -74,6 +74,8 @@ struct Layer {
   int64_t phases;
   bool linear;            // on vectors: one tap, one position
   const int32_t* filter_rows;  // of in, for each row (tap, input) of the filter gradient
+  bool winograd;               // by cpu/engine/winograd.h,
+  int64_t slices;              // with so many partial sums for the filter gradient, at most
   // norms
   Statistics statistics;
   int64_t groups;
@@ -100,6 +102,7 @@ struct Network {
   const Slot* slot;
   Loss loss;
   int64_t adapted, fixed, transposed;   // extents of the engine's vectors: parameters, constants, transposed filters
+  int64_t scratch;                      // elements that a rule may need beside the frames
   int64_t frame_sample, frame_saved, frame_saved_sample;  // elements of a frame: values of a sample; statistics
   int64_t frame_unspent;                // of the gradients of a sample that do not take a value's place
   bool batch_statistics;

@@ -56,6 +56,7 @@ struct Builder {
   void keep_live();
   void fuse();
   void mark();
+  void choose_algorithm(Layer& layer);
   void lay_out();
   void tabulate(Layer& layer);
   void finish();
@@ -311,6 +312,22 @@ void Builder::mark() {
     }
 }
 
+// Winograd's algorithm for 3x3 convolutions (cpu/engine/winograd.h): where it saves at least a third of the
+// multiplications, which tiles over the edge of small images may eat up, and where channels are so many that products
+// outweigh transforms and so few that the filters at 16 points are not too large.
+void Builder::choose_algorithm(Layer& l) {
+  const Value &in = values[l.in], &out = values[l.out];
+  const int64_t tiles = (out.h + 1) / 2 * ((out.w + 1) / 2);
+  l.winograd = l.kh == 3 && l.kw == 3 && l.sh == 1 && l.sw == 1 && l.dh == 1 && l.dw == 1 && l.groups == 1 &&
+               l.top <= 2 && l.left <= 2 && 3 * 16 * tiles <= 2 * 9 * out.h * out.w && std::min(in.c, out.c) >= 16 &&
+               in.c * out.c <= 512 * 512;
+  if (!l.winograd) return;
+  auto at_points = [&](int64_t inputs, int64_t outputs) { return 16 * (inputs * round_up(outputs) + network.lanes); };
+  const int64_t filter = at_points(in.c, out.c);
+  l.slices = std::clamp<int64_t>((1 << 20) / filter, 1, 8);
+  network.scratch = std::max({network.scratch, 2 * filter, 2 * at_points(out.c, in.c), l.slices * filter});
+}
+
 void Builder::lay_out() {
   for (Slot& s : slots) s.narrow = s.kind == kFilter && s.taps * s.groups == 1 && s.outputs <= network.lanes / 4;
   for (const Layer& l : layers)
@@ -332,17 +349,27 @@ void Builder::lay_out() {
   std::vector<bool> used(values.size());
   used[0] = used[last] = true;
   bool scalar_input = !network.input_active && !layers.empty();
-  for (const Layer& l : layers) {
+  for (Layer& l : layers) {
     used[l.in] = used[l.out] = true;
     if (l.second >= 0) used[l.second] = true;
-    const bool broadcasts = l.kind == kContract && !slots[l.weight].narrow;  // the elements of its input
+    if (l.kind == kContract) choose_algorithm(l);
+    const bool broadcasts = l.kind == kContract && !slots[l.weight].narrow && !l.winograd;  // the elements of its input
     if (!broadcasts && (l.in == 0 || l.second == 0)) scalar_input = false;
     if (l.kind != kContract) continue;
     Value &in = values[l.in], &out = values[l.out];
     auto widen = [](int64_t& halo, int64_t by) { halo = std::max(halo, by); };
     widen(in.halo_h, std::max(l.top, (out.h - 1) * l.sh + (l.kh - 1) * l.dh - l.top - (in.h - 1)));
     widen(in.halo_w, std::max(l.left, (out.w - 1) * l.sw + (l.kw - 1) * l.dw - l.left - (in.w - 1)));
+    auto even = [](int64_t n) { return (n + 1) / 2 * 2; };
+    if (l.winograd) {  // the last tile's
+      widen(in.halo_h, even(out.h) + 1 - l.top - (in.h - 1)), widen(in.halo_w, even(out.w) + 1 - l.left - (in.w - 1));
+      widen(out.halo_h, even(out.h) - out.h), widen(out.halo_w, even(out.w) - out.w);
+    }
     if (!needs_gradient[l.in]) continue;
+    if (l.winograd) {
+      widen(out.halo_h, even(in.h) - 1 + l.top - (out.h - 1));
+      widen(out.halo_w, even(in.w) - 1 + l.left - (out.w - 1));
+    }
     // The positions of out that the gradient at in reads: from that of row 0 through the last tap, on.
     widen(out.halo_h, ((l.kh - 1) * l.dh - l.top + l.sh - 1) / l.sh);
     widen(out.halo_w, ((l.kw - 1) * l.dw - l.left + l.sw - 1) / l.sw);

@@ -13,6 +13,7 @@ namespace {
 #include "product.h"
 #include "frame.h"
 #include "parameters.h"
+#include "winograd.h"
 #include "contract.h"
 #include "linear.h"
 #include "../../engine/activation.h"

@@ -11,10 +11,7 @@ struct Linear;  // linear.h: the same on vectors
 
 template <class T>
 struct Contract {
-  struct Term {
-    const T* data;    // sample 0 of the operand, at its origin
-    const T* filter;  // in the layout of the rows
-  };
+  typedef maml_ext::engine::Term<T> Term;
 
   // At the positions of `rows` of every sample: result (+)= bias + sum of terms.
   static void positions(const Context<T>& c, int64_t group, const Rows& rows, const Value& result, T* to,
@@ -143,16 +140,23 @@ struct Contract {
   // out (+)= bias + sum of terms
   static void to_output(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, const T* bias) {
     if (l.linear) return Linear<T>::to_output(c, l, to, terms, count, bias);
+    if (l.winograd && count)
+      return Winograd<T>::positions(c, c.out(l), to, c.in(l), c.in(l).c, terms, count, bias, false, l.top, l.left,
+                                    false);
     positions(c, l.group, *l.forward, c.out(l), to, c.in(l), c.in(l).c, terms, count, bias, false);
   }
   // The gradients of the parameters: the filter's from the terms, the bias' from those that f holds.
   static void to_parameters(const Context<T>& c, const Layer& l, const Term* terms, int count, const Frame<T>& f) {
     if (l.linear) return Linear<T>::to_parameters(c, l, terms, count, f.gradient(c.out(l)));
-    if (T* to = c.gradient(l.weight)) filter(c, l, to, terms, count, !l.writes_weight);
+    if (T* to = c.gradient(l.weight))
+      (l.winograd ? Winograd<T>::filter : filter)(c, l, to, terms, count, !l.writes_weight);
     if (T* to = c.gradient(l.bias)) bias(c, l, f, to);
   }
   static void to_input(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count) {
     if (l.linear) return Linear<T>::to_input(c, l, to, terms, count);
+    if (l.winograd)
+      return Winograd<T>::positions(c, c.in(l), to, c.out(l), c.out(l).c, terms, count, nullptr, l.accumulate[0],
+                                    2 - l.top, 2 - l.left, true);
     for (int64_t i = 0; i < l.phases; i++)
       positions(c, l.group, l.backward[i], c.in(l), to, c.out(l), c.out(l).c, terms, count, nullptr, l.accumulate[0]);
   }

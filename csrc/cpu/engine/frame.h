@@ -55,6 +55,13 @@ struct Sink {
   T scale;
 };
 
+// One term of a sum of products.
+template <class T>
+struct Term {
+  const T* data;    // sample 0 of the operand, at its origin
+  const T* filter;  // in the layout of the rows; or, for the gradient of the filter, that of the output
+};
+
 // What the four rules of a layer are given. A rule reads and writes the frames:
 //   forward           values of in -> values of out
 //   backward          gradient at out -> gradient at in and of the parameters
@@ -69,6 +76,7 @@ struct Context {
   Parameters<T> p, d;         // the parameters, and their direction
   T* gradients;               // of the parameters (backward), or their tangent (tangent_backward); null: not wanted
   Sink<T> step;               // of a step: the vectors of parameters it leads to (null: none) and from
+  T* scratch;                 // for the time of a rule
 
   INLINE const Value& in(const Layer& l) const { return net.value[l.in]; }
   INLINE const Value& out(const Layer& l) const { return net.value[l.out]; }

@@ -63,6 +63,7 @@ struct Task {
   T *gradients;             // of the last step, or of each where they are wanted later
   T *lambda, *direction, *hessian;
   T *transposed, *transposed_direction;  // filters: of the last step, or of each where frames are kept
+  T* scratch;                            // of whatever rule is at work
   T *rates;                 // per parameter: rows in the engine's layout
   int64_t *kept;            // the samples with a weight, where others are left out
   const T* class_weight;
@@ -101,7 +102,7 @@ struct Task {
         if (m.base) frames[k] = f;
       }
     if (asked) query = frame(m, asked, call.mode == kMeta || !twice);
-    if (twice) tangent = frame(m, larger(call.mode == kMeta ? 0 : asked, support), false);
+    if (twice) tangent = frame(m, larger(call.mode == kMeta ? 0 : asked, support), true);
     theta = m.take<T>(net.adapted * (many_thetas() ? call.steps + 1 : 2));
     constants = m.take<T>(net.fixed);
     gradients = m.take<T>(net.adapted * (many_gradients() ? larger<int64_t>(1, call.steps) : 1));
@@ -110,6 +111,7 @@ struct Task {
     hessian = m.take<T>(net.adapted);
     transposed = m.take<T>(net.transposed * larger<int64_t>(1, kept_frames));
     transposed_direction = m.take<T>(net.transposed);
+    scratch = m.take<T>(net.scratch);
     rates = m.take<T>(call.per_parameter ? call.rate_rows * net.adapted : 0);
     kept = m.take<int64_t>(larger(support, asked));
     rules = m.take<typename Rules<T>::Function>(4 * net.layers);
@@ -162,7 +164,7 @@ struct Task {
 
   Context<T> context(const Frame<T>& f, const T* parameters, const T* flipped, const T* along, T* to) const {
     const Parameters<T> p{parameters, constants, flipped}, d{along, nullptr, transposed_direction};
-    Context<T> c{net, crew, f, tangent, p, d, to, {}};
+    Context<T> c{net, crew, f, tangent, p, d, to, {}, scratch};
     c.t.samples = f.samples, c.t.count = f.count;
     return c;
   }
@@ -438,7 +440,7 @@ struct Task {
 
 // Frames are kept for all steps where they take less than this, in bytes for each task at work; else the adjoint
 // recursion computes values and gradients of a step once more.
-constexpr int64_t kKeepFrames = int64_t(48) << 20;
+constexpr int64_t kKeepFrames = int64_t(96) << 20;
 // Tasks are not shared out where that would take more than this, but each is worked on by all threads.
 constexpr int64_t kSideBySide = int64_t(96) << 20;
 
