@@ -9,6 +9,7 @@
 namespace maml_ext::engine {
 
 enum Kind : int { kContract, kNorm, kActivation, kPool, kAverage, kReshape, kCombine, kSoftmax, kBlock, kKinds };
+constexpr int64_t kHalves = 2;  // of a sample: what a block of norm, activation and pooling shares out
 enum Statistics : int { kBatch, kFixed, kSample, kNoStatistics };
 enum Activation : int {
   kRelu, kLeakyRelu, kElu, kGelu, kGeluTanh, kSilu, kSoftplus, kTanh, kSigmoid, kSin, kIdentity
@@ -75,13 +76,16 @@ struct Layer {
   bool linear;            // on vectors: one tap, one position
   const int32_t* filter_rows;  // of in, for each row (tap, input) of the filter gradient
   bool winograd;               // by cpu/engine/winograd.h,
-  int64_t slices;              // with so many partial sums for the filter gradient, at most
+  bool few_rows;               // a first layer: Contract::few_rows
+  int64_t slices;              // either has so many partial sums for the filter gradient, at most
+  int writer;                  // of few rows: the block that reads out and is deferred, -1: none
   // norms
   Statistics statistics;
   int64_t groups;
   // block: norm, activation and pooling in one; softmax: logarithmic
   Activation activation;
   bool pooled, logarithm, multiply;
+  bool deferred;                // block: writes the gradient at in when the contraction before it asks
   int64_t saved, saved_sample;  // where its statistics are in a frame, in elements: saved + samples * saved_sample
 };
 

@@ -312,15 +312,30 @@ void Builder::mark() {
     }
 }
 
-// Winograd's algorithm for 3x3 convolutions (cpu/engine/winograd.h): where it saves at least a third of the
-// multiplications, which tiles over the edge of small images may eat up, and where channels are so many that products
-// outweigh transforms and so few that the filters at 16 points are not too large.
+// How a contraction is computed, by its shape. Winograd's algorithm for 3x3 convolutions (cpu/engine/winograd.h): where
+// it saves at least a third of the multiplications, which tiles over the edge of small images may eat up, and where
+// channels are so many that products outweigh transforms and so few that the filters at 16 points are not too large.
+// Few rows: the gradients of a first layer's parameters, together with the block that is alone in reading its output.
 void Builder::choose_algorithm(Layer& l) {
   const Value &in = values[l.in], &out = values[l.out];
   const int64_t tiles = (out.h + 1) / 2 * ((out.w + 1) / 2);
   l.winograd = l.kh == 3 && l.kw == 3 && l.sh == 1 && l.sw == 1 && l.dh == 1 && l.dw == 1 && l.groups == 1 &&
                l.top <= 2 && l.left <= 2 && 3 * 16 * tiles <= 2 * 9 * out.h * out.w && std::min(in.c, out.c) >= 16 &&
                in.c * out.c <= 512 * 512;
+  const Slot& weight = slots[l.weight];
+  l.few_rows = !l.winograd && !needs_gradient[l.in] && !weight.fixed && l.groups == 1 && weight.taps > 1 &&
+               weight.taps * in.c <= 48 && round_up(out.c) <= 4 * network.lanes && out.h * out.w >= 96;
+  l.writer = -1;
+  if (l.few_rows) {
+    l.slices = 8;
+    network.scratch = std::max(network.scratch, l.slices * (weight.taps * in.c + 1) * round_up(out.c));
+    int readers = 0, block = -1;
+    for (size_t i = 0; i < layers.size(); i++)
+      if (layers[i].in == l.out || layers[i].second == l.out) readers++, block = int(i);
+    const bool deferred = readers == 1 && layers[block].kind == kBlock && l.out != layers.back().out &&
+                          (layers[block].pooled || layers[block].statistics != kNoStatistics);
+    if (deferred) l.writer = block, layers[block].deferred = true;
+  }
   if (!l.winograd) return;
   auto at_points = [&](int64_t inputs, int64_t outputs) { return 16 * (inputs * round_up(outputs) + network.lanes); };
   const int64_t filter = at_points(in.c, out.c);
@@ -444,7 +459,7 @@ void Builder::lay_out() {
     l.saved = network.frame_saved, l.saved_sample = network.frame_saved_sample;
     if (l.kind == kBlock && l.statistics != kNoStatistics) {
       network.frame_saved += 4 * pitch;
-      network.frame_saved_sample += 2 * pitch;
+      network.frame_saved_sample += kHalves * 2 * pitch;
     } else if (l.kind == kNorm) {
       network.frame_saved_sample += 4 * round_up(l.groups) + 2 * pitch;
     } else if (l.kind == kContract) {

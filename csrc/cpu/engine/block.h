@@ -57,14 +57,25 @@ struct Block {
   }
   static INLINE Jet<T> act(const Layer& l, V y) { return Act::template at<T>(y, T(l.a), T(l.b)); }
 
-  // Calls f(n, row of out, channel k) for every line of vectors: parallel over samples.
+  // A piece of the work: elements [begin, end) of row y of out, sample n, the vector of channels at k.
+  struct Piece {
+    int64_t n, y, k, begin, end;
+  };
+  // Calls f(piece) for all pieces of half a sample. Those of all channels follow each other, and are short: so memory
+  // is read nearly in its order, and what a channel needs is in registers for a while.
   template <class F>
-  static void lines(const Context<T>& c, const Layer& l, F f) {
-    const Value &in = c.in(l), &out = c.out(l);
-    c.crew.each(c.f.count, in.h * in.w * in.pitch, [&](int64_t n) {
-      for (int64_t y = 0; y < out.h; y++)
-        for (int64_t k = 0; k < out.pitch; k += kLanes<T>) f(n, y, k);
-    });
+  static INLINE void pieces(const Value& out, int64_t half, F f) {
+    constexpr int64_t kLength = 8;
+    const int64_t n = half / kHalves, from = half % kHalves;
+    for (int64_t y = out.h * from / kHalves; y < out.h * (from + 1) / kHalves; y++)
+      for (int64_t x = 0; x < out.w; x += kLength)
+        for (int64_t k = 0; k < out.pitch; k += kLanes<T>) f(Piece{n, y, k, x, smaller(out.w, x + kLength)});
+  }
+  // All halves, in parallel.
+  template <class F>
+  static void halves(const Context<T>& c, const Layer& l, F f) {
+    const Value& in = c.in(l);
+    c.crew.each(c.f.count * kHalves, in.h * in.w * in.pitch / kHalves, f);
   }
 
   // Calls f(offset in x, number in the window or -1) for the elements of tile (y, x).
@@ -84,7 +95,7 @@ struct Block {
         f(i * in.row + j * in.pitch, i - top < l.kh && j - left < l.kw ? int((i - top) * l.kw + j - left) : -1);
   }
 
-  // A line of the data that a rule passes over: channel k of x, of x' (null: 0) and their places.
+  // What a rule passes over in a piece: channel k of x, of x' (null: 0) and their places.
   struct Line {
     const Layer& l;
     const Value &in, &out;
@@ -96,11 +107,13 @@ struct Block {
       return Block::element(l, ch, load<T>(x + at), x_t ? load<T>(x_t + at) : V{});
     }
   };
-  static INLINE Line line(const Context<T>& c, const Layer& l, int64_t n, int64_t y, int64_t k, bool tangent) {
+  static INLINE Line line(const Context<T>& c, const Layer& l, const Piece& p, bool tangent) {
     const Value &in = c.in(l), &out = c.out(l);
     const bool moving = tangent && c.net.has_tangent[l.in];
-    return {l, in, out, channel(c, l, k, tangent), c.f.value(in, n) + k, moving ? c.t.value(in, n) + k : nullptr, y};
+    const T *x = c.f.value(in, p.n) + p.k, *x_t = moving ? c.t.value(in, p.n) + p.k : nullptr;
+    return {l, in, out, channel(c, l, p.k, tangent), x, x_t, p.y};
   }
+  static INLINE int64_t row(const Value& out, const Piece& p) { return p.y * out.row + p.k; }
 
   // The window's largest element, the first of equals, and the last NaN, as in PyTorch.
   struct Winner {
@@ -158,29 +171,27 @@ struct Block {
     });
   }
 
-  // Per-channel sums of two quantities over the batch: f(n, y, k, first, second) adds up a line; sums of lines, then
-  // of samples. The totals, divided by `by`, go to a and b.
+  // Per-channel sums of two quantities over the batch: f(piece, first, second) adds up a piece; sums of those, then of
+  // halves of samples. The totals, divided by `by`, go to a and b.
   template <class F>
   static void sums(const Context<T>& c, const Layer& l, const Frame<T>& frame, T* a, T* b, double by, F f) {
-    const Value &in = c.in(l), &out = c.out(l);
-    const int64_t pitch = in.pitch;
+    const Value& out = c.out(l);
+    const int64_t pitch = c.in(l).pitch;
     T* partial = frame.statistics(l) + 4 * pitch;
-    c.crew.each(c.f.count, in.h * in.w * pitch, [&](int64_t n) {
-      for (int64_t k = 0; k < pitch; k += kLanes<T>) {
+    halves(c, l, [&](int64_t half) {
+      T* total = partial + half * 2 * pitch;
+      for (int64_t k = 0; k < 2 * pitch; k++) total[k] = 0;
+      pieces(out, half, [&](const Piece& p) ALWAYS {
         V first{}, second{};
-        for (int64_t y = 0; y < out.h; y++) {
-          V one{}, two{};
-          f(n, y, k, one, two);
-          first += one, second += two;
-        }
-        store<T>(partial + n * 2 * pitch + k, first);
-        store<T>(partial + (n * 2 + 1) * pitch + k, second);
-      }
+        f(p, first, second);
+        put<T>(total + p.k, first, true);
+        put<T>(total + pitch + p.k, second, true);
+      });
     });
     for (int64_t k = 0; k < pitch; k++) {
       double first = 0, second = 0;
-      for (int64_t n = 0; n < c.f.count; n++)
-        first += partial[n * 2 * pitch + k], second += partial[(n * 2 + 1) * pitch + k];
+      for (int64_t half = 0; half < c.f.count * kHalves; half++)
+        first += partial[half * 2 * pitch + k], second += partial[(half * 2 + 1) * pitch + k];
       a[k] = T(first / by), b[k] = T(second / by);
     }
   }
@@ -198,11 +209,11 @@ struct Block {
     }
     // Sums of x - shift and its square: with shift an element of the channel, nothing cancels.
     const T* shift = c.f.value(in);
-    sums(c, l, c.f, mean, r, batch(c, l), [&](int64_t n, int64_t y, int64_t k, V& first, V& second) {
-      const V from = load<T>(shift + k);
-      for (int64_t x = 0; x < c.out(l).w; x++)
-        tile(l, in, c.out(l), y, x, [&](int64_t at, int) ALWAYS {
-          const V d = load<T>(c.f.value(in, n) + k + at) - from;
+    sums(c, l, c.f, mean, r, batch(c, l), [&](const Piece& p, V& first, V& second) ALWAYS {
+      const V from = load<T>(shift + p.k);
+      for (int64_t x = p.begin; x < p.end; x++)
+        tile(l, in, c.out(l), p.y, x, [&](int64_t at, int) ALWAYS {
+          const V d = load<T>(c.f.value(in, p.n) + p.k + at) - from;
           first += d, second += d * d;
         });
     });
@@ -243,12 +254,12 @@ struct Block {
     }
     if (l.statistics != kNoStatistics) statistics(c, l);
     const V part = splat<T>(pooled && l.average ? T(1) / T(l.divisor) : T(1));
-    lines(c, l, [&](int64_t n, int64_t y, int64_t k) {
-      const Line s = line(c, l, n, y, k, false);
-      T* to = c.f.value(out, n) + y * out.row + k;
-      for (int64_t x = 0; x < out.w; x++) {
+    auto write = [&](const Piece& p) ALWAYS {
+      const Line s = line(c, l, p, false);
+      T* to = c.f.value(out, p.n) + row(out, p);
+      for (int64_t x = p.begin; x < p.end; x++) {
         V result = pooled && !l.average ? splat<T>(-__builtin_huge_val()) : V{};
-        tile(l, in, out, y, x, [&](int64_t at, int number) ALWAYS {
+        tile(l, in, out, p.y, x, [&](int64_t at, int number) ALWAYS {
           if (number < 0) return;
           const V z = act(l, s.element(at).y).value;
           if (!pooled)
@@ -260,7 +271,8 @@ struct Block {
         });
         store<T>(to + x * out.pitch, result * part);
       }
-    });
+    };
+    halves(c, l, [&](int64_t half) { pieces(out, half, write); });
   }
 
   static void backward(const Context<T>& c, const Layer& l) {
@@ -276,22 +288,28 @@ struct Block {
     if (normed) {
       T* saved = c.f.statistics(l);
       sums(c, l, c.f, saved + 2 * in.pitch, saved + 3 * in.pitch, 1,
-           [&](int64_t n, int64_t y, int64_t k, V& first, V& second) {
-             const Line s = line(c, l, n, y, k, false);
-             const T* g = c.f.gradient(out, n) + y * out.row + k;
-             for (int64_t x = 0; x < out.w; x++)
+           [&](const Piece& p, V& first, V& second) ALWAYS {
+             const Line s = line(c, l, p, false);
+             const T* g = c.f.gradient(out, p.n) + row(out, p);
+             for (int64_t x = p.begin; x < p.end; x++)
                spread<false>(s, x, load<T>(g + x * out.pitch), V{}, [&](int64_t, const Element& e, V gy, V) ALWAYS {
                  first += gy, second += gy * e.normal;
                });
            });
       finish(c, l, saved, 2);
     }
-    if (!c.net.needs_gradient[l.in]) return;
-    lines(c, l, [&](int64_t n, int64_t y, int64_t k) {
-      const Line s = line(c, l, n, y, k, false);
-      const T* g = c.f.gradient(out, n) + y * out.row + k;
-      T* to = c.f.gradient(in, n) + k;
-      for (int64_t x = 0; x < out.w; x++)
+    if (c.net.needs_gradient[l.in] && !l.deferred)
+      halves(c, l, [&](int64_t half) { write_gradient(c, l, half); });
+  }
+  // The gradient at in for half a sample: the last part of `backward`.
+  static void write_gradient(const Context<T>& c, const Layer& l, int64_t half) {
+    const Value &in = c.in(l), &out = c.out(l);
+    const bool normed = l.statistics != kNoStatistics;
+    pieces(out, half, [&](const Piece& p) ALWAYS {
+      const Line s = line(c, l, p, false);
+      const T* g = c.f.gradient(out, p.n) + row(out, p);
+      T* to = c.f.gradient(in, p.n) + p.k;
+      for (int64_t x = p.begin; x < p.end; x++)
         spread<true>(s, x, load<T>(g + x * out.pitch), V{}, [&](int64_t at, const Element& e, V gy, V) ALWAYS {
           if (normed) gy = s.ch.scale * (gy - s.ch.sum - e.normal * s.ch.slope);
           put<T>(to + at, gy, l.accumulate[0]);
@@ -326,10 +344,10 @@ struct Block {
     if (l.statistics != kNoStatistics) {
       T* t = c.t.statistics(l);
       if (l.statistics == kBatch && moving)
-        sums(c, l, c.t, t, t + in.pitch, batch(c, l), [&](int64_t n, int64_t y, int64_t k, V& first, V& second) {
-          const Line s = line(c, l, n, y, k, true);
-          for (int64_t x = 0; x < out.w; x++)
-            tile(l, in, out, y, x, [&](int64_t at, int) ALWAYS {
+        sums(c, l, c.t, t, t + in.pitch, batch(c, l), [&](const Piece& p, V& first, V& second) ALWAYS {
+          const Line s = line(c, l, p, true);
+          for (int64_t x = p.begin; x < p.end; x++)
+            tile(l, in, out, p.y, x, [&](int64_t at, int) ALWAYS {
               const V tangent = load<T>(s.x_t + at);
               first += tangent, second += tangent * s.element(at).normal;
             });
@@ -337,15 +355,16 @@ struct Block {
       else
         for (int64_t k = 0; k < 2 * in.pitch; k++) t[k] = 0;
     }
-    lines(c, l, [&](int64_t n, int64_t y, int64_t k) {
-      const Line s = line(c, l, n, y, k, true);
-      T* to = c.t.value(out, n) + y * out.row + k;
-      for (int64_t x = 0; x < out.w; x++) {
+    auto write = [&](const Piece& p) ALWAYS {
+      const Line s = line(c, l, p, true);
+      T* to = c.t.value(out, p.n) + row(out, p);
+      for (int64_t x = p.begin; x < p.end; x++) {
         V result{};
         spread<false>(s, x, splat<T>(1), V{}, [&](int64_t, const Element& e, V gy, V) ALWAYS { result += gy * e.y_t; });
         store<T>(to + x * out.pitch, result);
       }
-    });
+    };
+    halves(c, l, [&](int64_t half) { pieces(out, half, write); });
   }
 
   static void tangent_backward(const Context<T>& c, const Layer& l) {
@@ -365,10 +384,10 @@ struct Block {
     if (l.statistics != kNoStatistics) {
       T* saved = c.t.statistics(l);
       sums(c, l, c.t, saved + 2 * in.pitch, saved + 3 * in.pitch, 1,
-           [&](int64_t n, int64_t y, int64_t k, V& first, V& second) {
-             const Line s = line(c, l, n, y, k, true);
-             const T *g = c.f.gradient(out, n) + y * out.row + k, *g_t = c.t.gradient(out, n) + y * out.row + k;
-             for (int64_t x = 0; x < out.w; x++)
+           [&](const Piece& p, V& first, V& second) ALWAYS {
+             const Line s = line(c, l, p, true);
+             const T *g = c.f.gradient(out, p.n) + row(out, p), *g_t = c.t.gradient(out, p.n) + row(out, p);
+             for (int64_t x = p.begin; x < p.end; x++)
                spread<false>(s, x, load<T>(g + x * out.pitch), load<T>(g_t + x * out.pitch),
                              [&](int64_t, const Element& e, V gy, V gy_t) ALWAYS {
                                first += gy_t, second += gy_t * e.normal + gy * e.normal_t;
@@ -376,14 +395,18 @@ struct Block {
            });
       finish(c, l, saved, 2);
     }
-    if (!c.net.needs_gradient[l.in]) return;
-    lines(c, l, [&](int64_t n, int64_t y, int64_t k) {
-      const Line s = line(c, l, n, y, k, true);
+    if (c.net.needs_gradient[l.in] && !l.deferred)
+      halves(c, l, [&](int64_t half) { write_tangent(c, l, half); });
+  }
+  static void write_tangent(const Context<T>& c, const Layer& l, int64_t half) {
+    const Value &in = c.in(l), &out = c.out(l);
+    pieces(out, half, [&](const Piece& p) ALWAYS {
+      const Line s = line(c, l, p, true);
       const Channel& ch = s.ch;
-      const T *g = c.f.gradient(out, n) + y * out.row + k, *g_t = c.t.gradient(out, n) + y * out.row + k;
-      T* to = c.t.gradient(in, n) + k;
+      const T *g = c.f.gradient(out, p.n) + row(out, p), *g_t = c.t.gradient(out, p.n) + row(out, p);
+      T* to = c.t.gradient(in, p.n) + p.k;
       const V scale_t = ch.gamma_t * ch.r - ch.scale * ch.r * ch.x_slope;
-      for (int64_t x = 0; x < out.w; x++)
+      for (int64_t x = p.begin; x < p.end; x++)
         spread<true>(s, x, load<T>(g + x * out.pitch), load<T>(g_t + x * out.pitch),
                      [&](int64_t at, const Element& e, V gy, V gy_t) ALWAYS {
                        if (l.statistics != kNoStatistics) {

@@ -105,6 +105,64 @@ struct Contract {
     if (slot.groups > 1) clear_between_groups(slot, to, out.pitch);
   }
 
+  // The same and the gradient of the bias, for first layers, whose filters have few rows and whose outputs are large:
+  // all that needs a gradient is computed from where it is read once, straight from the block that writes it. Halves
+  // of samples are summed in slices, the slices one after the other.
+  static void few_rows(const Context<T>& c, const Layer& l, const Term* terms, int count) {
+    constexpr int64_t kPositions = 128;
+    if (!c.gradients) return;
+    const Value &in = c.in(l), &out = c.out(l);
+    const Slot& slot = c.net.slot[l.weight];
+    const int64_t rows = slot.taps * slot.inputs, halves = c.f.count * kHalves, slices = smaller(l.slices, halves);
+    const int64_t extent = (rows + 1) * out.pitch, at_once = larger<int64_t>(1, kPositions / out.w);
+    const Layer* writer = l.writer < 0 ? nullptr : &c.net.layer[l.writer];
+    const int64_t high = writer ? c.out(*writer).h : out.h, step = writer ? writer->sh : 1;
+    c.crew.each(slices, rows * out.h * out.w * out.pitch * halves / kHalves / slices, [&](int64_t slice) {
+      T *sums = c.scratch + slice * extent, *to_bias = sums + rows * out.pitch;
+      for (int64_t i = 0; i < extent; i++) sums[i] = 0;
+      Product<T> p;
+      p.c = sums;
+      p.c_rows = nullptr, p.c_step = out.pitch;
+      p.a_rows = l.filter_rows;
+      p.rows = rows, p.inner = out.w;
+      p.a_step = l.sw * in.pitch, p.b_step = out.pitch;
+      p.start = nullptr;
+      p.accumulate = true;
+      p.segments = count;
+      for (int64_t half = halves * slice / slices; half < halves * (slice + 1) / slices; half++) {
+        if (writer) c.write(c, *writer, half);
+        const int64_t n = half / kHalves, begin = high * (half % kHalves) / kHalves * step;
+        const int64_t end = half % kHalves == kHalves - 1 ? out.h : high * (half % kHalves + 1) / kHalves * step;
+        for (int64_t y = begin; y < end; y += at_once) {
+          int64_t tap_a[kPositions], tap_b[kPositions];
+          const int64_t taps = smaller(at_once, end - y);
+          for (int64_t s = 0; s < taps; s++) {
+            tap_a[s] = n * in.image + (y + s) * l.sh * in.row;
+            tap_b[s] = n * out.image + (y + s) * out.row;
+          }
+          for (int s = 0; s < count; s++) p.segment[s] = {terms[s].data, terms[s].filter, taps, tap_a, tap_b};
+          product<T>(p, 0, out.pitch / kLanes<T>);
+          for (int64_t k = 0; k < out.pitch; k += kLanes<T>)
+            for (int64_t s = 0; s < taps; s++) {
+              Vec<T> sum{};
+              const T* g = terms[0].filter + tap_b[s] + k;
+              for (int64_t x = 0; x < out.w; x++) sum += load<T>(g + x * out.pitch);
+              put<T>(to_bias + k, sum, true);
+            }
+        }
+      }
+    });
+    auto total = [&](T* to, int64_t from, int64_t size, bool add) {
+      for (int64_t k = 0; k < size; k += kLanes<T>) {
+        Vec<T> sum{};
+        for (int64_t slice = 0; slice < slices; slice++) sum += load<T>(c.scratch + slice * extent + from + k);
+        put<T>(to + k, sum, add);
+      }
+    };
+    if (T* to = c.gradient(l.bias)) total(to, rows * out.pitch, out.pitch, !l.writes_bias);
+    total(c.gradient(l.weight), 0, rows * out.pitch, !l.writes_weight);
+  }
+
   // A grouped filter is a full one with zeros between groups, and stays one.
   static void clear_between_groups(const Slot& s, T* filter, int64_t pitch) {
     for (int64_t row = 0; row < s.taps * s.inputs; row++)
@@ -169,6 +227,7 @@ struct Contract {
   static void backward(const Context<T>& c, const Layer& l) {
     const T* g = c.f.gradient(c.out(l));
     const Term data{c.f.value(c.in(l)), g};
+    if (l.few_rows) return few_rows(c, l, &data, 1);
     to_parameters(c, l, &data, 1, c.f);
     if (c.net.needs_gradient[l.in]) {
       const Term term{g, c.p.flipped(c.net.slot[l.weight])};
@@ -187,12 +246,13 @@ struct Contract {
   static void tangent_backward(const Context<T>& c, const Layer& l) {
     const Slot& weight = c.net.slot[l.weight];
     const T *g = c.f.gradient(c.out(l)), *tangent = c.t.gradient(c.out(l));
+    const Term data[2] = {{c.f.value(c.in(l)), tangent}, {c.t.value(c.in(l)), g}};
+    if (l.few_rows) return few_rows(c, l, data, 1);
     if (c.net.needs_gradient[l.in]) {  // before the step, which may change the direction in place
       Term terms[2] = {{tangent, c.p.flipped(weight)}};
       if (!weight.fixed) terms[1] = {g, c.d.flipped(weight)};
       to_input(c, l, c.t.gradient(c.in(l)), terms, weight.fixed ? 1 : 2);
     }
-    const Term data[2] = {{c.f.value(c.in(l)), tangent}, {c.t.value(c.in(l)), g}};
     to_parameters(c, l, data, c.net.has_tangent[l.in] ? 2 : 1, c.t);
   }
 };

@@ -77,6 +77,9 @@ struct Context {
   T* gradients;               // of the parameters (backward), or their tangent (tangent_backward); null: not wanted
   Sink<T> step;               // of a step: the vectors of parameters it leads to (null: none) and from
   T* scratch;                 // for the time of a rule
+  // A contraction whose Layer::writer is a block has that write the gradient at out (or its tangent), half a sample at
+  // a time, where it is about to read it.
+  void (*write)(const Context&, const Layer&, int64_t half);
 
   INLINE const Value& in(const Layer& l) const { return net.value[l.in]; }
   INLINE const Value& out(const Layer& l) const { return net.value[l.out]; }

@@ -47,6 +47,20 @@ struct Rules {
         return block;
     }
   }
+  // What a block leaves to its reader, by rule: see Context::write.
+  typedef void (*Write)(const Context<T>&, const Layer&, int64_t half);
+  static Write write(const Layer& l, int rule) {
+    Write write = nullptr;
+    with_activation(l.activation, [&](auto act) {
+      typedef Block<T, decltype(act), true> Pooled;
+      typedef Block<T, decltype(act), false> Whole;
+      if (rule == kBackward)
+        write = l.pooled ? &Pooled::write_gradient : &Whole::write_gradient;
+      else
+        write = l.pooled ? &Pooled::write_tangent : &Whole::write_tangent;
+    });
+    return write;
+  }
 };
 
 // The working memory of one task, and what is done with it.
@@ -137,7 +151,12 @@ struct Task {
   void rule(int which, int layer, const Context<T>& c) const {
     const Layer& l = net.layer[layer];
     if (!net.has_tangent[l.out] && which != kForward) return;  // nothing adapted comes before it
-    timed(layer, which, [&] { rules[4 * layer + which](c, l); });
+    timed(layer, which, [&] {
+      if (!l.few_rows || l.writer < 0) return rules[4 * layer + which](c, l);
+      Context<T> with_writer = c;
+      with_writer.write = Rules<T>::write(net.layer[l.writer], which);
+      rules[4 * layer + which](with_writer, l);
+    });
   }
   void transpose(const Parameters<T>& p, T* to) const {
     timed(kTransposing, kForward, [&] { transpose_filters<T>(net, p, to); });
@@ -164,7 +183,7 @@ struct Task {
 
   Context<T> context(const Frame<T>& f, const T* parameters, const T* flipped, const T* along, T* to) const {
     const Parameters<T> p{parameters, constants, flipped}, d{along, nullptr, transposed_direction};
-    Context<T> c{net, crew, f, tangent, p, d, to, {}, scratch};
+    Context<T> c{net, crew, f, tangent, p, d, to, {}, scratch, nullptr};
     c.t.samples = f.samples, c.t.count = f.count;
     return c;
   }
