@@ -60,9 +60,10 @@ def _window(i, AXIS: tl.constexpr, ADAPTIVE: tl.constexpr, COUNT_PADDING: tl.con
         begin = i * stride - padding
         end = begin + (size - 1) * dilation + 1
         if COUNT_PADDING:
-            return begin, end, tl.minimum(end, extent + padding) - begin
+            return begin, end, tl.cdiv(tl.minimum(end, extent + padding) - begin, dilation)
         else:
-            return begin, end, tl.maximum(tl.minimum(end, extent) - tl.maximum(begin, 0), 0)
+            before = tl.cdiv(tl.maximum(-begin, 0), dilation)
+            return begin, end, tl.maximum(tl.cdiv(tl.minimum(end, extent) - begin, dilation) - before, 0)
 
 
 @triton.jit

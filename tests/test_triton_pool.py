@@ -56,6 +56,22 @@ def test_largest(shape, size, stride, padding, dilation, ceil):
             check_layer(on_channels_last(lambda x: -f(-x)), [x], *passes(pool, x))
 
 
+def test_averages_of_a_window_with_gaps():
+    """As programs may ask for them; PyTorch has none, so that it is a sum of patches."""
+    shape, size, stride, padding, dilation = (1, 2, 6, 5, 2), (2, 3), (1, 2), (1, 1), (3, 2)
+
+    def f(x):
+        def total(x):
+            patches = F.unfold(x, size, dilation, padding, stride).unflatten(1, (x.shape[1], -1)).sum(2)
+            return patches.unflatten(2, (5, 2))
+
+        return total(x) / total(torch.ones_like(x))
+
+    x = values(*shape)
+    pool = Pool(2, *axes(x, f, size, stride, padding, dilation), average=True)
+    check_layer(on_channels_last(f), [x], *passes(pool, x))
+
+
 def test_equal_and_missing_numbers():
     """The first of equals wins, also of -inf; and NaN before all."""
     x = torch.randint(3, (1, 2, 6, 7, 5), device=device).double()
