@@ -26,26 +26,39 @@ def on_device(batch, device="cuda"):
     return Batch(*(t.detach().to(device).requires_grad_(t.requires_grad) for t in batch))
 
 
-@pytest.mark.parametrize("single", [True, False], ids=["single pass", "two passes"])
-@pytest.mark.parametrize("meta_gradient", ["exact", "first_order"])
+def check_with_the_cpu_engine(module, batch, device="cuda", calls=1, **options):
+    """That so many calls give what one gives there, of the same kind."""
+    expected = results(module, batch, "compiled", **options)
+    module, batch = module.to(device), on_device(batch, device)
+    for _ in range(calls):
+        assert_close([f.cpu() for f in results(module, batch, "compiled", **options)], expected)
+
+
+def check_float32(make):
+    def way(device):
+        return lambda module, batch: results(module.to(device), on_device(batch, device), "compiled")
+
+    ours, theirs = float32_errors(make, [way("cuda"), way("cpu")])
+    assert ours < 2 * theirs
+
+
+ways = pytest.mark.parametrize("single", [True, False], ids=["single pass", "two passes"])
+orders = pytest.mark.parametrize("meta_gradient", ["exact", "first_order"])
+
+
+@ways
+@orders
 @pytest.mark.parametrize("name", NETWORKS)
 def test_meta_gradient(name, meta_gradient, single, monkeypatch):
     module, batch = made(name)
-    batch = require_grad(batch)
     if not single:
         monkeypatch.setattr(single_pass, "meta_losses", lambda *_: None)
-    expected = results(module, batch, "compiled", meta_gradient=meta_gradient)
-    found = results(module.cuda(), on_device(batch), "compiled", meta_gradient=meta_gradient)
-    assert_close([f.cpu() for f in found], expected)
+    check_with_the_cpu_engine(module, require_grad(batch), meta_gradient=meta_gradient)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_float32_is_as_near_to_float64_as_the_cpu_engine(name):
-    def way(device):
-        return lambda module, batch: results(module.to(device), on_device(batch, device), "compiled")
-
-    ours, theirs = float32_errors(lambda seed: made(name, seed=seed), [way("cuda"), way("cpu")])
-    assert ours < 2 * theirs
+    check_float32(lambda seed: made(name, seed=seed))
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -94,10 +107,7 @@ def test_on_the_current_stream_and_in_a_graph():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_on_another_device_than_the_current():
-    module, batch = made("Tanh")
-    expected = results(module, batch, "compiled")
-    found = results(module.to("cuda:1"), on_device(batch, "cuda:1"), "compiled")
-    assert_close([f.cpu() for f in found], expected)
+    check_with_the_cpu_engine(*made("Tanh"), device="cuda:1")
 
 
 PROBLEM = """

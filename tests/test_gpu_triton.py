@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import Batch, relative_error, require_grad
 from test_cuda_engine import check_derivatives
-from test_engine import NETWORKS, SMOOTH, assert_close, float32_errors, results
+from test_engine import NETWORKS, SMOOTH, results
 from test_engine import made as made_on_cpu
+from test_gpu import check_float32, check_with_the_cpu_engine, on_device, orders, ways
 from torch import nn
 
 import maml_ext
@@ -19,7 +20,7 @@ from maml_ext.ops import cuda
 
 ABSENT = cuda.triton_absent() or (None if torch.cuda.device_count() else "there is no CUDA device")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(ABSENT), reason=f"runs Triton kernels: {ABSENT}")]
-DEVICE = "cuda"
+CALLS = 3  # launched one by one, recorded, replayed
 
 
 @pytest.fixture(autouse=True)
@@ -32,34 +33,24 @@ def made(name, dtype=torch.float64, **sizes):
     return made_on_cpu(name, dtype, **sizes)
 
 
-def there(module, batch, device=DEVICE):
-    batch = Batch(*(t.detach().to(device).requires_grad_(t.requires_grad) for t in batch))
-    return module.to(device), batch
+def there(module, batch):
+    return module.cuda(), on_device(batch)
 
 
-@pytest.mark.parametrize("single", [True, False], ids=["single pass", "two passes"])
-@pytest.mark.parametrize("meta_gradient", ["exact", "first_order"])
+@ways
+@orders
 @pytest.mark.parametrize("name", NETWORKS)
 def test_meta_gradient(name, meta_gradient, single, monkeypatch):
     module, batch = made(name)
-    batch = require_grad(batch)
     if not single:
         monkeypatch.setattr(single_pass, "meta_losses", lambda *_: None)
-    expected = results(module, batch, "compiled", meta_gradient=meta_gradient)
-    module, batch = there(module, batch)
-    assert maml_ext.MAML(module).explain(*batch[:2]).engine == "triton"
-    for _ in range(3):  # launched one by one, recorded, replayed
-        found = results(module, batch, "compiled", meta_gradient=meta_gradient)
-        assert_close([f.cpu() for f in found], expected)
+    check_with_the_cpu_engine(module, require_grad(batch), calls=CALLS, meta_gradient=meta_gradient)
+    assert maml_ext.MAML(module).explain(*on_device(batch)[:2]).engine == "triton"
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_float32_is_as_near_to_float64_as_the_cpu_engine(name):
-    def way(device):
-        return lambda module, batch: results(*there(module, batch, device), "compiled")
-
-    ours, theirs = float32_errors(lambda seed: made(name, seed=seed), [way(DEVICE), way("cpu")])
-    assert ours < 2 * theirs
+    check_float32(lambda seed: made(name, seed=seed))
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -87,7 +78,7 @@ def test_the_same_bits_again_with_and_without_graphs(monkeypatch):
     monkeypatch.setenv("MAML_EXT_CUDA_GRAPHS", "0")
     expected = [call(batch), call(other)]
     monkeypatch.delenv("MAML_EXT_CUDA_GRAPHS")
-    for _ in range(3):
+    for _ in range(CALLS):
         for data, result in zip((batch, other), expected):
             assert all(torch.equal(a, b) for a, b in zip(call(data), result))
     assert not torch.equal(expected[0][1], expected[1][1])
@@ -130,7 +121,7 @@ def test_on_the_current_stream_and_in_a_graph_of_ones_own():
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        found = [call() for _ in range(3)]
+        found = [call() for _ in range(CALLS)]
     torch.cuda.current_stream().wait_stream(stream)
     assert all(torch.equal(f, expected) for f in found)
     graph = torch.cuda.CUDAGraph()
@@ -143,9 +134,9 @@ def test_on_the_current_stream_and_in_a_graph_of_ones_own():
 
 def test_no_call_waits_for_the_device():
     module, batch = there(*made("max pool", torch.float32))
-    lr = torch.full((), 0.05, device=DEVICE)
+    lr = torch.full((), 0.05, device="cuda")
     call = lambda: results(module, batch, "compiled", lr=lr)  # noqa: E731
-    for _ in range(3):
+    for _ in range(CALLS):
         call()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -156,8 +147,4 @@ def test_no_call_waits_for_the_device():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_on_another_device_than_the_current():
-    module, batch = made("max pool")
-    expected = results(module, batch, "compiled")
-    module, batch = there(module, batch, "cuda:1")
-    for _ in range(3):
-        assert_close([f.cpu() for f in results(module, batch, "compiled")], expected)
+    check_with_the_cpu_engine(*made("max pool"), device="cuda:1", calls=CALLS)
