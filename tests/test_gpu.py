@@ -34,6 +34,12 @@ def check_with_the_cpu_engine(module, batch, device="cuda", calls=1, **options):
         assert_close([f.cpu() for f in results(module, batch, "compiled", **options)], expected)
 
 
+def check_meta_gradient(monkeypatch, single, module, batch, **options):
+    if not single:
+        monkeypatch.setattr(single_pass, "meta_losses", lambda *_: None)
+    check_with_the_cpu_engine(module, require_grad(batch), **options)
+
+
 def check_float32(make):
     def way(device):
         return lambda module, batch: results(module.to(device), on_device(batch, device), "compiled")
@@ -50,10 +56,7 @@ orders = pytest.mark.parametrize("meta_gradient", ["exact", "first_order"])
 @orders
 @pytest.mark.parametrize("name", NETWORKS)
 def test_meta_gradient(name, meta_gradient, single, monkeypatch):
-    module, batch = made(name)
-    if not single:
-        monkeypatch.setattr(single_pass, "meta_losses", lambda *_: None)
-    check_with_the_cpu_engine(module, require_grad(batch), meta_gradient=meta_gradient)
+    check_meta_gradient(monkeypatch, single, *made(name), meta_gradient=meta_gradient)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

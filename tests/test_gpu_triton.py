@@ -7,15 +7,14 @@ engine.
 
 import pytest
 import torch
-from conftest import Batch, relative_error, require_grad
+from conftest import Batch, relative_error
 from test_cuda_engine import check_derivatives
 from test_engine import NETWORKS, SMOOTH, results
 from test_engine import made as made_on_cpu
-from test_gpu import check_float32, check_with_the_cpu_engine, on_device, orders, ways
+from test_gpu import check_float32, check_meta_gradient, check_with_the_cpu_engine, on_device, orders, ways
 from torch import nn
 
 import maml_ext
-from maml_ext import single_pass
 from maml_ext.ops import cuda
 
 ABSENT = cuda.triton_absent() or (None if torch.cuda.device_count() else "there is no CUDA device")
@@ -42,9 +41,7 @@ def there(module, batch):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_meta_gradient(name, meta_gradient, single, monkeypatch):
     module, batch = made(name)
-    if not single:
-        monkeypatch.setattr(single_pass, "meta_losses", lambda *_: None)
-    check_with_the_cpu_engine(module, require_grad(batch), calls=CALLS, meta_gradient=meta_gradient)
+    check_meta_gradient(monkeypatch, single, module, batch, calls=CALLS, meta_gradient=meta_gradient)
     assert maml_ext.MAML(module).explain(*on_device(batch)[:2]).engine == "triton"
 
 
