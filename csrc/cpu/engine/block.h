@@ -171,23 +171,25 @@ struct Block {
     });
   }
 
-  // Per-channel sums of two quantities over the batch: f(piece, first, second) adds up a piece; sums of those, then of
-  // halves of samples. The totals, divided by `by`, go to a and b.
+  // Per-channel sums of two quantities over half a sample: f(piece, first, second) adds up a piece.
+  template <class F>
+  static INLINE void sum(const Context<T>& c, const Layer& l, const Frame<T>& frame, int64_t half, F f) {
+    const int64_t pitch = c.in(l).pitch;
+    T* total = frame.statistics(l) + (4 + half * 2) * pitch;
+    for (int64_t k = 0; k < 2 * pitch; k++) total[k] = 0;
+    pieces(c.out(l), half, [&](const Piece& p) ALWAYS {
+      V first{}, second{};
+      f(p, first, second);
+      put<T>(total + p.k, first, true);
+      put<T>(total + pitch + p.k, second, true);
+    });
+  }
+  // Over the batch: the totals, divided by `by`, go to a and b.
   template <class F>
   static void sums(const Context<T>& c, const Layer& l, const Frame<T>& frame, T* a, T* b, double by, F f) {
-    const Value& out = c.out(l);
     const int64_t pitch = c.in(l).pitch;
-    T* partial = frame.statistics(l) + 4 * pitch;
-    halves(c, l, [&](int64_t half) {
-      T* total = partial + half * 2 * pitch;
-      for (int64_t k = 0; k < 2 * pitch; k++) total[k] = 0;
-      pieces(out, half, [&](const Piece& p) ALWAYS {
-        V first{}, second{};
-        f(p, first, second);
-        put<T>(total + p.k, first, true);
-        put<T>(total + pitch + p.k, second, true);
-      });
-    });
+    const T* partial = frame.statistics(l) + 4 * pitch;
+    halves(c, l, [&](int64_t half) { sum(c, l, frame, half, f); });
     for (int64_t k = 0; k < pitch; k++) {
       double first = 0, second = 0;
       for (int64_t half = 0; half < c.f.count * kHalves; half++)
@@ -207,22 +209,51 @@ struct Block {
       for (int64_t k = 0; k < in.c; k++) mean[k] = m[k], r[k] = T(1 / __builtin_sqrt(double(variance[k]) + l.eps));
       return;
     }
-    // Sums of x - shift and its square: with shift an element of the channel, nothing cancels.
-    const T* shift = c.f.value(in);
-    sums(c, l, c.f, mean, r, batch(c, l), [&](const Piece& p, V& first, V& second) ALWAYS {
+    if (!l.deferred) halves(c, l, [&](int64_t half) { measure(c, l, half); });
+    const T* partial = r + 3 * in.pitch;
+    for (int64_t k = in.c; k < in.pitch; k++) mean[k] = r[k] = 0;  // the padding stays finite
+    for (int64_t k = 0; k < in.c; k++) {
+      const int64_t all = c.f.count * kHalves;
+      double sum = 0, squares = 0;
+      for (int64_t half = 0; half < all; half++) {
+        const Part p = part(c, l, half);
+        if (p.size > 0) sum += p.size * double(p.shift[k]) + partial[half * 2 * in.pitch + k];
+      }
+      const double center = sum / batch(c, l);
+      for (int64_t half = 0; half < all; half++) {
+        const Part p = part(c, l, half);
+        if (p.size == 0) continue;
+        const double first = partial[half * 2 * in.pitch + k], off = p.shift[k] + first / p.size - center;
+        squares += partial[(half * 2 + 1) * in.pitch + k] - first * first / p.size + p.size * off * off;
+      }
+      mean[k] = T(center);
+      r[k] = T(1 / __builtin_sqrt(larger(0.0, squares / batch(c, l)) + l.eps));
+    }
+  }
+  // Half a sample: how many elements a channel has there, and one of them, which is subtracted before anything is
+  // squared, so that nothing cancels.
+  struct Part {
+    double size;
+    const T* shift;
+  };
+  static Part part(const Context<T>& c, const Layer& l, int64_t half) {
+    const Value& in = c.in(l);
+    const Lines lines = lines_of(c.out(l).h, l.sh, in.h, half);
+    return {double((lines.end - lines.begin) * in.w), c.f.value(in, half / kHalves) + lines.begin * in.row};
+  }
+  // Its sums of x - shift and of the squares, the first part of `forward`.
+  static void measure(const Context<T>& c, const Layer& l, int64_t half) {
+    if (l.statistics != kBatch) return;
+    const Value &in = c.in(l), &out = c.out(l);
+    const T* shift = part(c, l, half).shift;
+    sum(c, l, c.f, half, [&](const Piece& p, V& first, V& second) ALWAYS {
       const V from = load<T>(shift + p.k);
       for (int64_t x = p.begin; x < p.end; x++)
-        tile(l, in, c.out(l), p.y, x, [&](int64_t at, int) ALWAYS {
+        tile(l, in, out, p.y, x, [&](int64_t at, int) ALWAYS {
           const V d = load<T>(c.f.value(in, p.n) + p.k + at) - from;
           first += d, second += d * d;
         });
     });
-    for (int64_t k = in.c; k < in.pitch; k++) mean[k] = r[k] = 0;  // the padding stays finite
-    for (int64_t k = 0; k < in.c; k++) {
-      const double d = mean[k], variance = larger(0.0, double(r[k]) - d * d);
-      mean[k] = T(shift[k] + d);
-      r[k] = T(1 / __builtin_sqrt((r[k] != r[k] ? double(r[k]) : variance) + l.eps));
-    }
   }
 
   // An activation alone: one flat loop. Calls f(offset in x, offset in out) for every vector.

@@ -13,11 +13,12 @@ template <class T>
 struct Contract {
   typedef maml_ext::engine::Term<T> Term;
 
+  static constexpr int64_t kTile = 120;  // positions
+
   // At the positions of `rows` of every sample: result (+)= bias + sum of terms.
   static void positions(const Context<T>& c, int64_t group, const Rows& rows, const Value& result, T* to,
                         const Value& operand, int64_t channels, const Term* terms, int count, const T* bias,
                         bool accumulate) {
-    constexpr int64_t kTile = 120, kCache = 24 * 1024 / sizeof(T);  // positions; elements of filter kept in L1
     const int64_t groups = (c.f.count + group - 1) / group;
     const int64_t vectors = result.pitch / kLanes<T>, panels = (vectors + 3) / 4;
     const int64_t in_group = group * rows.count, tiles = (in_group + kTile - 1) / kTile;
@@ -25,43 +26,50 @@ struct Contract {
     auto part = [&](int64_t first, int64_t tile, int64_t panel) {
       const int64_t all = smaller(group, c.f.count - first) * rows.count;
       const int64_t begin = tile * kTile, end = smaller(begin + kTile, all);
-      if (begin >= end) return;
-      const int64_t from = vectors * panel / panels, to_vector = vectors * (panel + 1) / panels;
-      Product<T> p;
-      p.c = to + first * result.image;
-      p.c_rows = rows.result + begin;
-      p.a_rows = rows.operand + begin;
-      p.rows = end - begin;
-      p.a_step = 1;
-      p.b_step = result.pitch;
-      p.start = bias;
-      p.accumulate = accumulate;
-      p.segments = count;
-      // A part of the filter is used for all rows of the tile while it is in the cache.
-      const int64_t width = (to_vector - from) * kLanes<T>, fit = larger<int64_t>(1, kCache / width);
-      const bool few = p.rows <= 2 * kBlockRows[4];
-      const int64_t deep = few || channels <= fit ? channels : fit;
-      const int64_t wide = few ? rows.taps : larger<int64_t>(1, fit / deep);
-      int64_t k = 0, tap = 0;
-      do {
-        p.inner = smaller(deep, channels - k);
-        do {
-          const int64_t taps = smaller(wide, rows.taps - tap);
-          for (int s = 0; s < count; s++)
-            p.segment[s] = {terms[s].data + first * operand.image + k, terms[s].filter + k * result.pitch, taps,
-                            rows.tap_operand + tap, rows.tap_filter + tap};
-          product<T>(p, from, to_vector);
-          p.accumulate = true;
-          tap += taps;
-        } while (tap < rows.taps);
-        tap = 0;
-        k += p.inner;
-      } while (k < channels);
+      if (begin < end)
+        some_positions(rows, result, to, operand, channels, terms, count, bias, accumulate, first, begin, end,
+                       vectors * panel / panels, vectors * (panel + 1) / panels);
     };
     if (groups * tiles * panels == 1) return part(0, 0, 0);
     c.crew.each(groups * tiles * panels, work * count, [&](int64_t i) {
       part(i / panels / tiles * group, i / panels % tiles, i % panels);
     });
+  }
+  // Rows [begin, end) of those of the group that starts with sample `first`, vectors [from, to_vector).
+  static void some_positions(const Rows& rows, const Value& result, T* to, const Value& operand, int64_t channels,
+                             const Term* terms, int count, const T* bias, bool accumulate, int64_t first, int64_t begin,
+                             int64_t end, int64_t from, int64_t to_vector) {
+    constexpr int64_t kCache = 24 * 1024 / sizeof(T);  // elements of filter kept in L1
+    Product<T> p;
+    p.c = to + first * result.image;
+    p.c_rows = rows.result + begin;
+    p.a_rows = rows.operand + begin;
+    p.rows = end - begin;
+    p.a_step = 1;
+    p.b_step = result.pitch;
+    p.start = bias;
+    p.accumulate = accumulate;
+    p.segments = count;
+    // A part of the filter is used for all rows of the tile while it is in the cache.
+    const int64_t width = (to_vector - from) * kLanes<T>, fit = larger<int64_t>(1, kCache / width);
+    const bool few = p.rows <= 2 * kBlockRows[4];
+    const int64_t deep = few || channels <= fit ? channels : fit;
+    const int64_t wide = few ? rows.taps : larger<int64_t>(1, fit / deep);
+    int64_t k = 0, tap = 0;
+    do {
+      p.inner = smaller(deep, channels - k);
+      do {
+        const int64_t taps = smaller(wide, rows.taps - tap);
+        for (int s = 0; s < count; s++)
+          p.segment[s] = {terms[s].data + first * operand.image + k, terms[s].filter + k * result.pitch, taps,
+                          rows.tap_operand + tap, rows.tap_filter + tap};
+        product<T>(p, from, to_vector);
+        p.accumulate = true;
+        tap += taps;
+      } while (tap < rows.taps);
+      tap = 0;
+      k += p.inner;
+    } while (k < channels);
   }
 
   // to[(tap, input)][output] (+)= sum over terms and positions of data * gradient, at the filter's offsets.
@@ -116,7 +124,6 @@ struct Contract {
     const int64_t rows = slot.taps * slot.inputs, halves = c.f.count * kHalves, slices = smaller(l.slices, halves);
     const int64_t extent = (rows + 1) * out.pitch, at_once = larger<int64_t>(1, kPositions / out.w);
     const Layer* writer = l.writer < 0 ? nullptr : &c.net.layer[l.writer];
-    const int64_t high = writer ? c.out(*writer).h : out.h, step = writer ? writer->sh : 1;
     c.crew.each(slices, rows * out.h * out.w * out.pitch * halves / kHalves / slices, [&](int64_t slice) {
       T *sums = c.scratch + slice * extent, *to_bias = sums + rows * out.pitch;
       for (int64_t i = 0; i < extent; i++) sums[i] = 0;
@@ -131,11 +138,12 @@ struct Contract {
       p.segments = count;
       for (int64_t half = halves * slice / slices; half < halves * (slice + 1) / slices; half++) {
         if (writer) c.write(c, *writer, half);
-        const int64_t n = half / kHalves, begin = high * (half % kHalves) / kHalves * step;
-        const int64_t end = half % kHalves == kHalves - 1 ? out.h : high * (half % kHalves + 1) / kHalves * step;
-        for (int64_t y = begin; y < end; y += at_once) {
+        const int64_t n = half / kHalves;
+        const int64_t pooled = writer ? c.out(*writer).h : out.h;
+        const Lines lines = lines_of(pooled, writer ? writer->sh : 1, out.h, half);
+        for (int64_t y = lines.begin; y < lines.end; y += at_once) {
           int64_t tap_a[kPositions], tap_b[kPositions];
-          const int64_t taps = smaller(at_once, end - y);
+          const int64_t taps = smaller(at_once, lines.end - y);
           for (int64_t s = 0; s < taps; s++) {
             tap_a[s] = n * in.image + (y + s) * l.sh * in.row;
             tap_b[s] = n * out.image + (y + s) * out.row;
@@ -221,6 +229,19 @@ struct Contract {
 
   static void forward(const Context<T>& c, const Layer& l) {
     const Term term{c.f.value(c.in(l)), c.p.slot(c.net, l.weight)};
+    if (l.few_rows && l.writer >= 0) {  // half a sample after the other, for the block to measure while it is at hand
+      const Value &in = c.in(l), &out = c.out(l);
+      const Layer& block = c.net.layer[l.writer];
+      c.crew.each(c.f.count * kHalves, out.h * out.w * l.forward->taps * in.c * out.pitch / kHalves, [&](int64_t half) {
+        const Lines lines = lines_of(c.out(block).h, block.sh, out.h, half);
+        const int64_t last = lines.end * out.w;
+        for (int64_t begin = lines.begin * out.w; begin < last; begin += kTile)
+          some_positions(*l.forward, out, c.f.value(out), in, in.c, &term, 1, c.p.slot(c.net, l.bias), false,
+                         half / kHalves, begin, smaller(begin + kTile, last), 0, out.pitch / kLanes<T>);
+        c.write(c, block, half);
+      });
+      return;
+    }
     to_output(c, l, c.f.value(c.out(l)), &term, 1, c.p.slot(c.net, l.bias));
   }
 

@@ -77,8 +77,8 @@ struct Context {
   T* gradients;               // of the parameters (backward), or their tangent (tangent_backward); null: not wanted
   Sink<T> step;               // of a step: the vectors of parameters it leads to (null: none) and from
   T* scratch;                 // for the time of a rule
-  // A contraction whose Layer::writer is a block has that write the gradient at out (or its tangent), half a sample at
-  // a time, where it is about to read it.
+  // A contraction whose Layer::writer is a block has that do its part half a sample at a time, while the data are in
+  // the cache: measure what the contraction has put out, or write the gradient at out (its tangent) before it is read.
   void (*write)(const Context&, const Layer&, int64_t half);
 
   INLINE const Value& in(const Layer& l) const { return net.value[l.in]; }
@@ -94,6 +94,15 @@ struct Context {
     return {to, first ? nullptr : to, 1};
   }
 };
+
+// The lines of an image that make up half a sample, where it is pooled to `pooled` lines, `step` apart.
+struct Lines {
+  int64_t begin, end;
+};
+INLINE Lines lines_of(int64_t pooled, int64_t step, int64_t high, int64_t half) {
+  const int64_t which = half % kHalves;
+  return {pooled * which / kHalves * step, which == kHalves - 1 ? high : pooled * (which + 1) / kHalves * step};
+}
 
 // A gradient that is stored by the first to reach it and added to by the others.
 template <class T>

@@ -54,7 +54,9 @@ struct Rules {
     with_activation(l.activation, [&](auto act) {
       typedef Block<T, decltype(act), true> Pooled;
       typedef Block<T, decltype(act), false> Whole;
-      if (rule == kBackward)
+      if (rule == kForward)
+        write = l.pooled ? &Pooled::measure : &Whole::measure;
+      else if (rule == kBackward)
         write = l.pooled ? &Pooled::write_gradient : &Whole::write_gradient;
       else
         write = l.pooled ? &Pooled::write_tangent : &Whole::write_tangent;
