@@ -1,10 +1,11 @@
 # make demo, make test: each does its own set-up. Variables: VENV, PYTHON, TORCH, TRITON, MAML_EXT_BUILD (see setup.py),
-# ARGS.
+# WORKERS (processes of the tests), ARGS.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # What kernels/resources.txt is of; CUDA builds of torch may want another. TRITON= leaves it out.
 TRITON ?= triton==3.8.0; platform_system == 'Linux'
+WORKERS ?= auto
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -32,13 +33,13 @@ $(STAMP): $(SOURCES)
 	touch $@
 
 test: install
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --maxprocesses=8 $(ARGS)
 
 # The tests of the compiled part under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own (and of
-# the CUDA kernels, on the CPU). torch
-# and Python free nothing at exit (leaks), and the engine asks for memory that may not be there (null).
+# the CUDA kernels, on the CPU). torch and Python free nothing at exit (leaks), and the engine asks for memory that may
+# not be there (null).
 SANITIZED := out/sanitize
-SANITIZE_TESTS := tests/test_engine.py tests/test_engine_fuzz.py tests/test_sgd_update.py \
+SANITIZE_TESTS := tests/test_engine.py tests/test_convolutions.py tests/test_engine_fuzz.py tests/test_sgd_update.py \
 	tests/test_cuda_engine.py tests/test_cuda_fuzz.py
 sanitize: install
 	mkdir -p $(SANITIZED)
@@ -46,7 +47,8 @@ sanitize: install
 		--build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/objects >$(SANITIZED).log 2>&1 || ! cat $(SANITIZED).log
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	MAML_EXT_SANITIZE=1 MAML_EXT_EMULATED_SANITIZER=address PYTHONPATH=$(SANITIZED)/lib $(VENV)/bin/pytest --capture=sys $(SANITIZE_TESTS) $(ARGS)
+	MAML_EXT_SANITIZE=1 MAML_EXT_EMULATED_SANITIZER=address PYTHONPATH=$(SANITIZED)/lib $(VENV)/bin/pytest -n $(WORKERS) --maxprocesses=8 \
+	--capture=sys $(SANITIZE_TESTS) $(ARGS)
 
 # The table of what every CUDA kernel needs, csrc/cuda/resources.txt. Needs nvcc, and no GPU.
 cuda-resources: install

@@ -1,4 +1,4 @@
-// The CUDA engine, under private names: maml_ext/ops/engine.py has the one entry for CUDA tensors, which chooses.
+// The CUDA engine, under private names: maml_ext/ops/cuda.py has the one entry for CUDA tensors, which chooses.
 // Where a network does not fit the kernels these say why.
 #include <torch/csrc/stable/accelerator.h>
 

@@ -10,6 +10,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
@@ -27,6 +28,8 @@ except ImportError as error:
 
 CUDA_ABSENT = "the installed package was built without CUDA kernels: MAML_EXT_BUILD=cuda builds them"
 
+TRITON = 3, 8  # the oldest version whose kernels were compiled and run
+
 _warned = False
 
 
@@ -42,7 +45,14 @@ def cuda_absent() -> str | None:
 @cache
 def triton_absent() -> str | None:
     """Why no kernels in Triton can run on any device; None where some can. Imports nothing."""
-    return None if find_spec("triton") else "triton is not installed"
+    if not find_spec("triton"):
+        return "triton is not installed"
+    try:
+        found = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None  # a build that came under another name, with its torch
+    old = tuple(map(int, found.split("+")[0].split(".")[:2])) < TRITON
+    return f"expected triton {'.'.join(map(str, TRITON))} or later, got {found}" if old else None
 
 
 def warn_if_absent() -> None:

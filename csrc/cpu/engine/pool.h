@@ -18,7 +18,8 @@ struct Pool {
     const int64_t padded = smaller(end, in + pad) - begin;
     while (begin < 0) begin += step;
     end = smaller(end, in);
-    return {begin, end, step, l.count_padding ? padded : larger<int64_t>(0, end - begin)};
+    const int64_t span = l.count_padding ? padded : larger<int64_t>(0, end - begin);
+    return {begin, end, step, (span + step - 1) / step};
   }
 
   // Calls f(n, offset in out, window, window, offset of channels) for every vector of the output.
