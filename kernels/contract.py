@@ -340,12 +340,16 @@ STAGES = 3  # steps that are loaded ahead
 _MOST = {"float64": (32, 32, 16), "ieee": (64, 64, 8), "tensor cores": (64, 64, 16)}  # rows, width, depth
 
 
-def _tile(batch: int, rows: int, width: int, depth: int, dtype: torch.dtype, precision: str):
+def _tile(batch: int, rows: int, width: int, depth: int, dtype: torch.dtype, precision: str, halved: bool = False):
     """Rows and width of a result's tile, the depth of a step, and warps: what fits into registers, with tangents too.
 
-    The tile of the table; smaller for small results, or where so few programs would leave processors idle.
+    The tile of the table; smaller for small results, or where so few programs would leave processors idle. ``halved``:
+    on tensor cores of half the rows.
     """
-    high, wide, deep = _MOST["float64" if dtype == torch.float64 else "ieee" if precision == "ieee" else "tensor cores"]
+    kind = "float64" if dtype == torch.float64 else "ieee" if precision == "ieee" else "tensor cores"
+    high, wide, deep = _MOST[kind]
+    if halved and kind == "tensor cores":
+        high //= 2
     high, wide = (min(m, max(16, triton.next_power_of_2(n))) for m, n in ((high, rows), (wide, width)))
     while high * wide > 512 and batch * triton.cdiv(rows, high) * triton.cdiv(width, wide) < PROCESSORS:
         high, wide = (high // 2, wide) if high >= wide else (high, wide // 2)
@@ -374,7 +378,9 @@ def forward(
     w = _flat(window)
     inputs, outputs, rows = w.in_c // w.groups, w.out_c // w.groups, samples * w.out_h * w.out_w
     length = w.kh * w.kw * inputs
-    high, wide, deep, warps = _tile(tasks * w.groups, rows, outputs, length, y[0].dtype, precision)
+    # 64 x 64 values with tangents are too many: in bfloat16 168 bytes a thread were spilled on sm_80.
+    dual = len(y) == 2
+    high, wide, deep, warps = _tile(tasks * w.groups, rows, outputs, length, y[0].dtype, precision, halved=dual)
     span = rows_of_range(rows) if statistics else high
     chunks = triton.cdiv(rows, span)
     kept = (statistics.count, statistics.mean, statistics.m2) if statistics else (None, None, None)
