@@ -76,7 +76,7 @@ def example(name):
             [],
             True,
         ),
-    }[name]
+    }[name.removeprefix("checked_").removeprefix("triton_")]
 
 
 def flat(function, arguments):
@@ -113,6 +113,7 @@ def test_there_are_operators():
 
 
 REFUSE = ("pull_tangent", "score_tangent", "adjoint", "meta")  # the ends of the chain: their results have no derivative
+PRIVATE = tuple(name for name in operators() if name.startswith(("checked_", "triton_")))
 
 
 @pytest.mark.skipif(library.ABSENT is not None, reason="needs the compiled engine")
@@ -137,7 +138,14 @@ def runs_here(name):
     return library.ABSENT is None or name.startswith("sgd")
 
 
-@pytest.mark.parametrize("name", [n for n in operators() if n not in REFUSE and runs_here(n)])
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_private_operator_refuses_a_derivative(name):
+    call, tensors = flat(getattr(torch.ops.maml_ext, name), example(name))
+    with pytest.raises(RuntimeError, match=f"{name} has no derivative"):
+        call(*[t.requires_grad_() for t in tensors])
+
+
+@pytest.mark.parametrize("name", [n for n in operators() if n not in (*REFUSE, *PRIVATE) and runs_here(n)])
 def test_every_operator_has_a_gradient(name):
     call, tensors = flat(getattr(torch.ops.maml_ext, name), example(name))
     with warnings.catch_warnings():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from . import library
 
@@ -34,10 +35,26 @@ def misfit(program: Sequence[int], numbers: Sequence[float], element_size: int, 
     return ops.cuda_misfit(program, numbers, element_size, ops.cuda_shared_memory(device))
 
 
+def _without_derivative(name: str, public: str) -> Callable:
+    """A private operator's kernel for autograd: a gradient would be None, a tangent 0, and nobody would know."""
+
+    def kernel(*arguments):
+        tensors = [t for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        forward = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+        if recorded or forward:
+            raise RuntimeError(f"maml_ext::{name} has no derivative: maml_ext::{public} has")
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.maml_ext, name)(*arguments)
+
+    return kernel
+
+
 def define(name: str, arguments: str, fake: Callable) -> None:
     """The private names of an operator, and its entry for CUDA tensors."""
     for prefix in ("checked", "cuda", "triton"):
         library.declare(f"{prefix}_{name}{arguments}", fake)
+        library.implement(f"{prefix}_{name}", _without_derivative(f"{prefix}_{name}", name), "Autograd")
     operators = torch.ops.maml_ext
 
     def by_triton(*arguments):
