@@ -1,8 +1,8 @@
 """The operators of ``maml_ext/ops/engine.py`` by Triton kernels: what to run in which order, on memory laid out once.
 
-A call's arguments have been checked by its ``checked_`` operator, which has also made the results. A plan, kept for each
-kind of call, owns copies of what comes in (channels last, parameters in the engine's order) and all that passes write;
-so a plan's ``run`` is the same launches on the same addresses each time, which is what a CUDA graph replays. It copies
+A call's arguments have been checked by its ``checked_`` operator, which has also made the results. A plan, kept for
+each kind of call, owns copies of what comes in (channels last, parameters in the engine's order) and all that passes
+write; so a plan's ``run`` is the same launches on the same addresses each time, which is what a CUDA graph replays. It copies
 in before and out behind. The inner loop keeps theta_k; its adjoint recursion runs values and tangents anew for each.
 """
 
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from maml_ext.program import LossKind
 
-from . import geometry as g
 from . import graphs, update
 from .executor import Frame, Pass, Workspace
 from .network import Network

@@ -86,7 +86,8 @@ class Network:
             self._read(ints, tuple(numbers[2 * j : 2 * j + 2]))
         self.last = count
         kind, ignore_index, class_weight, self.precision = program[HEADER_INTS + LAYER_INTS * count :]
-        weight = self._slot(class_weight, self.shapes[-1][2:]) if kind in (LossKind.LABELS, LossKind.SOFT_LABELS) else None
+        of_classes = kind in (LossKind.LABELS, LossKind.SOFT_LABELS)
+        weight = self._slot(class_weight, self.shapes[-1][2:]) if of_classes else None
         self.loss = Loss(LossKind(kind), ignore_index, weight, numbers[-2])
         self._drop_unread()
         self._fuse_flattens()

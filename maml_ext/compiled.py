@@ -148,7 +148,8 @@ def _placed(call: Compiled, theta: Tensor) -> Compiled | str:
     """The call with its engine: the CUDA kernels where a task fits a thread block, else the Triton engine."""
     misfit = cuda.misfit(call.program, call.numbers, theta.element_size(), theta.device.index, _ops)
     if misfit and cuda.triton_absent():
-        return f"not a network that the CUDA kernels run: {misfit}; and there is no Triton engine: {cuda.triton_absent()}"
+        absent = cuda.triton_absent()
+        return f"not a network that the CUDA kernels run: {misfit}; and there is no Triton engine: {absent}"
     return replace(call, engine="triton" if misfit else "cuda", passed_over=misfit)
 
 

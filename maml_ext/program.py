@@ -2,8 +2,8 @@
 
 Integers: ``[1, P, Q, c, h, w, L]`` (version, sizes of theta and of the constants, shape of a sample, number of
 layers), then 17 for each layer, ``[kind, input, second or -1, attributes ...]``, then 4 for the loss, ``[kind,
-ignore_index, class weights, precision]``. Numbers: two for each layer and two for the loss. Value 0 is the input, layer j
-computes value j + 1, the last is the prediction; a value is (channels, height, width), a vector (features, 1, 1).
+ignore_index, class weights, precision]``. Numbers: two for each layer and two for the loss. Value 0 is the input, layer
+j computes value j + 1, the last is the prediction; a value is (channels, height, width), a vector (features, 1, 1).
 A parameter is an offset in theta, -1 if absent, or -(offset + 2) in the constants: running statistics, frozen
 parameters and class weights, which are read anew at every call. Orders and meanings are PyTorch's.
 

@@ -1,4 +1,5 @@
-"""What anybody may pass to the Triton engine's operators: the CPU engine's answer, or an error that names what is wrong.
+"""What anybody may pass to the Triton engine's operators: the CPU engine's answer, or an error that names what is
+wrong.
 
 As tests/test_engine_fuzz.py, interpreted on the CPU: a call takes a tenth of a second, so that most are `thorough`.
 """
@@ -20,7 +21,7 @@ from maml_ext.ops import library
 pytestmark = [
     needs_triton,
     pytest.mark.skipif(library.ABSENT is not None, reason="needs the compiled package"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only: kernels of any program take long to compile"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only: kernels take long to compile"),
 ]
 TRITON = Operators()
 by_operator = pytest.mark.parametrize("name", ARGUMENTS)

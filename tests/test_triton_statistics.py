@@ -6,11 +6,11 @@ from triton_tools import device, guarded, needs_triton
 
 pytestmark = needs_triton
 statistics = pytest.importorskip("maml_ext.kernels.statistics")
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 from maml_ext.kernels.geometry import Statistics  # noqa: E402
 from maml_ext.kernels.launch import launch  # noqa: E402
 from maml_ext.kernels.numbers import store  # noqa: E402
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
 
 
 @triton.jit
