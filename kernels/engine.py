@@ -2,8 +2,9 @@
 
 A call's arguments have been checked by its ``checked_`` operator, which has also made the results. A plan, kept for
 each kind of call, owns copies of what comes in (channels last, parameters in the engine's order) and all that passes
-write; so a plan's ``run`` is the same launches on the same addresses each time, which is what a CUDA graph replays. It copies
-in before and out behind. The inner loop keeps theta_k; its adjoint recursion runs values and tangents anew for each.
+write; so a plan's ``run`` is the same launches on the same addresses each time, which is what a CUDA graph replays. It
+copies in before and out behind. The inner loop keeps theta_k; its adjoint recursion runs values and tangents anew for
+each.
 """
 
 from __future__ import annotations

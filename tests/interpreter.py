@@ -10,8 +10,8 @@ def quicken() -> None:
     """For the rest of the process; results stay the same to the bit.
 
     The interpreter redefines triton.language at each call of a jit function, within kernels too, which takes longer
-    than most of these do: here it stays redefined. It follows each sum and product of integers by five operations that look
-    for an overflow, which is reported in a debug mode only. And it describes the shape of every tile anew.
+    than most of these do: here it stays redefined. It follows each sum and product of integers by five operations that
+    look for an overflow, which is reported in a debug mode only. And it describes the shape of every tile anew.
     """
 
     class Everything:  # a function that sees all that may be redefined

@@ -259,7 +259,8 @@ def test_filters_of_the_same_size_may_be_one_tensor():
     contract = lambda j, kh, kw: [0, j, -1, 1, kh, kw, 1, 1, kh // 2, kh // 2, kw // 2, kw // 2, 1, 1, 1, 0, -1]  # noqa: E731
     program = [1, 3, 0, 1, 3, 4, 2, *contract(0, 3, 1), *contract(1, 1, 3), 0, 0, -1, 0]
     theta, x, y = torch.randn(3, **double), torch.randn(2, 2, 12, **double), torch.randn(2, 2, 12, **double)
-    loss, gradient, *_ = run("score", program, [0.0] * 6, None, theta.requires_grad_(), x, y, None, [1, 0, 0, 0])
+    loss, gradient, *_ = run("score", program, [0.0] * 6, None, theta, x, y, None, [1, 0, 0, 0])
+    theta.requires_grad_()
     z = F.conv2d(x.view(4, 1, 3, 4), theta.view(1, 1, 3, 1), padding=(1, 0))
     z = F.conv2d(z, theta.view(1, 1, 1, 3), padding=(0, 1)).view(2, 2, 12)
     expected = (z - y).square().mean((1, 2))

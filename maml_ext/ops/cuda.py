@@ -1,8 +1,8 @@
 """Which engine runs an operator on CUDA tensors, and the one entry there, which asks that.
 
 The CUDA kernels take what fits a thread block's shared memory, the Triton engine whatever else there is. Both are
-behind private names, ``cuda_`` and ``triton_`` and the operator's; ``checked_``, which the Triton engine begins with, checks
-arguments as the engines in C++ do and makes results.
+behind private names, ``cuda_`` and ``triton_`` and the operator's; ``checked_``, which the Triton engine begins with,
+checks arguments as the engines in C++ do and makes results.
 """
 
 from __future__ import annotations
