@@ -33,18 +33,10 @@ import triton.language as tl
 from . import activation as activations
 from .geometry import Activation, Number, Partials, Slice, Statistics, Window
 from .launch import launch, size
-from .numbers import add, load, store, total, zeros_like
+from .numbers import add, advance, load, store, total, zeros_like
 from .statistics import keep, merge, moments, rows_of_range
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-
-@triton.jit
-def _from(pointers, by):
-    if len(pointers) == 1:
-        return (pointers[0] + by,)
-    else:
-        return (pointers[0] + by, pointers[1] + by)
 
 
 @triton.jit
@@ -153,9 +145,9 @@ def _forward(
     pid = tl.program_id(0)
     tile, group, chunk = pid % tiles, pid // tiles % groups, pid // tiles // groups % chunks
     task = (pid // tiles // groups // chunks).to(tl.int64)
-    x = _from(x, task * (samples * in_h * in_w * in_c) + group * inputs)
-    weight = _from(weight, task * weight_stride + weight_offset + group * outputs)
-    y = _from(y, task * (rows * out_c) + group * outputs)
+    x = advance(x, task * (samples * in_h * in_w * in_c) + group * inputs)
+    weight = advance(weight, task * weight_stride + weight_offset + group * outputs)
+    y = advance(y, task * (rows * out_c) + group * outputs)
     output = tile * WIDTH + tl.arange(0, WIDTH)
     inside = output < outputs
     across = tl.expand_dims(output, 0)
@@ -176,11 +168,11 @@ def _forward(
             tile_w = load(weight, index * out_c + across, (index < length) & within, dtype)
             result = _contract(tile_x, tile_w, result, PRECISION, False, False)
         if bias is not None:
-            at = _from(bias, task * bias_stride + bias_offset + group * outputs)
+            at = advance(bias, task * bias_stride + bias_offset + group * outputs)
             result = add(result, load(at, across, within, dtype))
         store(y, down * out_c + across, result, there & within)
         if z is not None:
-            at = _from(z, task * (rows * out_c) + group * outputs)
+            at = advance(z, task * (rows * out_c) + group * outputs)
             store(at, down * out_c + across, activations.activate(result, a, b, KIND), there & within)
         if counts is not None:
             counted = row < rows
@@ -207,8 +199,8 @@ def _to_input(
     tiles, chunks = tl.cdiv(inputs, WIDTH), tl.cdiv(rows, ROWS)
     tile, group, chunk = pid % tiles, pid // tiles % groups, pid // tiles // groups % chunks
     task = (pid // tiles // groups // chunks).to(tl.int64)
-    dy = _from(dy, task * (samples * out_h * out_w * out_c) + group * outputs)
-    weight = _from(weight, task * weight_stride + weight_offset + group * outputs)
+    dy = advance(dy, task * (samples * out_h * out_w * out_c) + group * outputs)
+    weight = advance(weight, task * weight_stride + weight_offset + group * outputs)
     here = task * (rows * in_c) + group * inputs
     row = tl.expand_dims(chunk * ROWS + tl.arange(0, ROWS), 1)
     input = tile * WIDTH + tl.arange(0, WIDTH)
@@ -225,8 +217,8 @@ def _to_input(
     offset = row * in_c + tl.expand_dims(input, 0)
     mask = (row < rows) & tl.expand_dims(input < inputs, 0)
     if before is not None:
-        result = activations.through(result, load(_from(before, here), offset, mask, dtype), a, b, KIND)
-    dx = _from(dx, here)
+        result = activations.through(result, load(advance(before, here), offset, mask, dtype), a, b, KIND)
+    dx = advance(dx, here)
     if ACCUMULATE:
         result = add(result, load(dx, offset, mask, dtype))
     store(dx, offset, result, mask)
@@ -248,8 +240,8 @@ def _to_parameters(
     each = tiles * (blocks + (1 if to_bias is not None else 0))
     tile, block, group = pid % tiles, pid % each // tiles, pid // each % groups
     split, task = pid // each // groups % splits, (pid // each // groups // splits).to(tl.int64)
-    x = _from(x, task * (samples * in_h * in_w * in_c) + group * inputs)
-    dy = _from(dy, task * (rows * out_c) + group * outputs)
+    x = advance(x, task * (samples * in_h * in_w * in_c) + group * inputs)
+    dy = advance(dy, task * (rows * out_c) + group * outputs)
     output = tl.expand_dims(tile * WIDTH + tl.arange(0, WIDTH), 0)
     begin, end = split * part, tl.minimum((split + 1) * part, rows)
     place = split * tasks + task
@@ -264,7 +256,7 @@ def _to_parameters(
                 tile_dy = load(dy, row * out_c + output, (row < end) & (output < outputs), dtype)
                 result = _contract(_flip(tile_x), tile_dy, result, PRECISION, False, True)
             index = block * DEPTH + tl.expand_dims(tl.arange(0, DEPTH), 1)
-            at = _from(to_weight, weight_at + place * (length * out_c) + group * outputs)
+            at = advance(to_weight, weight_at + place * (length * out_c) + group * outputs)
             store(at, index * out_c + output, result, (index < length) & (output < outputs))
     if to_bias is not None:
         if block == blocks:
@@ -273,7 +265,7 @@ def _to_parameters(
                 row = tl.expand_dims(first + tl.arange(0, ROWS), 1)
                 sums = add(sums, load(dy, row * out_c + output, (row < end) & (output < outputs), dtype))
             channel = tile * WIDTH + tl.arange(0, WIDTH)
-            at = _from(to_bias, bias_at + place * out_c + group * outputs)
+            at = advance(to_bias, bias_at + place * out_c + group * outputs)
             store(at, channel, total(sums, 0), channel < outputs)
 
 

@@ -271,7 +271,7 @@ class Pass:
         if layer.kind == Kind.CONTRACT:
             through, target = None, layer.reads[0]
             if layer.through:
-                writer = next(other for other in self.network.layers if other.out == target)
+                writer = self.network.writer(target)
                 through, target = (self.value(writer.before), writer.activation), writer.before
             contract.backward(
                 layer.window, x, weight, dz, *self._target(target, written), through, to_weight, to_bias, *self.size,

@@ -1,6 +1,6 @@
 """A network program as the Triton engine executes it: stages, each a kernel or two, over values in channels last.
 
-A program arrives here checked (``maml_ext::checked_*``, see ``operators.py``); what is left to do is to read it. Layers
+A program arrives here checked (``maml_ext::checked_*``, see ``maml_ext/ops/cuda.py``); what is left to do is to read it. Layers
 that nobody reads are dropped, and what a kernel can do along the way is fused: an activation into the contraction
 before it, where a contraction reads it (which then takes the gradient through it); batch statistics into the
 contraction they come from; norm over the batch, activation and pooling into one; a flatten into the linear layer behind
@@ -10,7 +10,6 @@ it, whose weight is then a filter as large as the image.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -157,7 +156,7 @@ class Network:
     def _readers(self, value: int) -> list[Layer]:
         return [layer for layer in self.layers if value in layer.reads]
 
-    def _writer(self, value: int) -> Layer | None:
+    def writer(self, value: int) -> Layer | None:
         return next((layer for layer in self.layers if layer.out == value), None)
 
     def _follower(self, value: int) -> Layer | None:
@@ -266,7 +265,3 @@ class Network:
             if learns or found.intersection(layer.reads):
                 found.update(v for v in (layer.before, layer.out) if v >= 0)
         return found
-
-    @cached_property
-    def normalises_batch(self) -> bool:
-        return any(layer.norm == Statistics.BATCH for layer in self.layers)
