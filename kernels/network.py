@@ -1,6 +1,6 @@
 """A network program as the Triton engine executes it: stages, each a kernel or two, over values in channels last.
 
-A program arrives here checked (``maml_ext::checked_*``, see ``maml_ext/ops/cuda.py``); what is left to do is to read it. Layers
+A program arrives here checked (``checked_*``, see ``ops/cuda.py``); what is left to do is to read it. Layers
 that nobody reads are dropped, and what a kernel can do along the way is fused: an activation into the contraction
 before it, where a contraction reads it (which then takes the gradient through it); batch statistics into the
 contraction they come from; norm over the batch, activation and pooling into one; a flatten into the linear layer behind
