@@ -259,6 +259,56 @@ def test_a_backward_pass_frees_the_graph(wrap):
         loss.backward()
 
 
+# The single pass of MAML's own call computes its gradients in the forward pass: autograd's promises hold all the same.
+
+
+def single_pass():
+    """The loss, and what it depends on."""
+    batch = [t.requires_grad_() for t in vectors()]
+    maml = maml_ext.MAML(smooth_mlp(), lr=nn.Parameter(torch.tensor(0.1)), reduction="mean")
+    return maml(*batch), [*maml.parameters(), *batch]
+
+
+def test_a_single_pass_is_differentiated_once_or_with_its_graph_retained():
+    loss, wrt = single_pass()
+    found = [torch.autograd.grad(loss, wrt, retain_graph=again) for again in (True, False)]
+    assert all(map(torch.equal, *found))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, wrt)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_single_pass_sees_that_its_inputs_have_changed(create_graph):
+    for i in range(len(single_pass()[1])):
+        loss, wrt = single_pass()
+        with torch.no_grad():
+            wrt[i].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, wrt, create_graph=create_graph)
+
+
+def test_a_single_pass_lets_go_of_its_data_after_the_backward_pass():
+    batch = list(vectors())
+    held = [weakref.ref(t) for t in batch]
+    loss = maml_ext.MAML(smooth_mlp(), reduction="mean")(*batch)
+    batch.clear()
+    assert all(ref() is not None for ref in held)
+    loss.backward()
+    assert all(ref() is None for ref in held)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_single_pass_keeps_its_tensors_where_it_is_told_to(create_graph):
+    torch.manual_seed(0)
+    loss, wrt = single_pass()
+    expected = torch.autograd.grad(loss, wrt, create_graph=create_graph)
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().numpy().copy(), torch.from_numpy):
+        loss, wrt = single_pass()
+    found = torch.autograd.grad(loss, wrt, create_graph=create_graph)
+    assert all(map(torch.equal, found, expected))
+
+
 def live_tensors() -> int:
     gc.collect()
     return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
