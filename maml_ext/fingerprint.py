@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from operator import attrgetter
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from .reads import Reads, snapshot
 from .tracing import traced_by_another_tool
 
 _TENSORS = ("_parameters", "_buffers", "_modules")
+_CONTAINERS = (dict, OrderedDict, list, set)
 _kind = attrgetter("requires_grad", "dtype", "shape")
 
 
@@ -27,6 +29,8 @@ class Fingerprint:
         # for those of one element, which may be equal and are compared once more.
         self._dicts = [*held, *[m.__dict__ for m in modules]]
         self._then = [*map(dict, held), *[{k: _copied(k, v) for k, v in m.__dict__.items()} for m in modules]]
+        # Most hooks are none: an empty container stands for itself, and is looked at for being empty still.
+        self._empty = [v for d in self._then for v in d.values() if type(v) in _CONTAINERS and not v]
         tensors = [(d, k, t) for d in held for k, t in d.items() if isinstance(t, Tensor)]
         self._single = [(d, k, t) for d, k, t in tensors if t.numel() == 1]
         self._parameters = list(module.parameters())
@@ -40,6 +44,7 @@ class Fingerprint:
             return (
                 self._dicts == self._then
                 and [*map(_kind, self._parameters)] == self._kinds
+                and not any(self._empty)
                 and all([d[k] is t for d, k, t in self._single])
                 and not self._reads.changed()
             )
@@ -49,4 +54,5 @@ class Fingerprint:
 
 def _copied(name: str, value):
     """As it is now, where it may change in place. (What has tensors or children is held for itself.)"""
-    return value if name in _TENSORS and value else snapshot(value)
+    held = name in _TENSORS and value or type(value) in _CONTAINERS and not value
+    return value if held else snapshot(value)

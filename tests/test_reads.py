@@ -329,11 +329,25 @@ def test_a_tensor_of_one_element_is_not_taken_for_its_equal():
         assert not fingerprint.matches()
 
 
-def test_what_is_added_to_an_empty_container_is_seen():
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda module: module.append(nn.ReLU()),
+        lambda module: module.register_buffer("scale", torch.ones(2)),
+        lambda module: module.register_forward_hook(lambda *_: None),
+        lambda module: module.sizes.append(1),
+        lambda module: module.names.update(a=1),
+    ],
+    ids=["child", "buffer", "hook", "list", "dict"],
+)
+def test_what_is_added_to_an_empty_container_is_seen(add):
     module = nn.Sequential(nn.Linear(3, 3), nn.Sequential())
+    module[1].sizes, module[1].names = [], {}
     fingerprint = Fingerprint(module)
     assert fingerprint.matches()
-    module[1].append(nn.ReLU())
+    module[1].sizes = []  # another one, as empty
+    assert fingerprint.matches()
+    add(module[1])
     assert not fingerprint.matches()
 
 
