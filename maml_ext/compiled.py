@@ -8,6 +8,7 @@ which is differentiable to any order: never through a gradient that was computed
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.autograd import forward_ad
 
 from . import losses, recognise
 from .fingerprint import Fingerprint
@@ -64,6 +66,7 @@ class _Known:
     def __init__(self, module: nn.Module):
         self.fingerprint = Fingerprint(module)
         self.networks: dict[torch.Size, Network | str] = {}
+        self.calls: dict[tuple, object] = {}  # what single_pass.py has put together
         try:
             self.graph = recognise.trace(module)
         except recognise.Unrecognised as reason:
@@ -102,22 +105,22 @@ def unfit(theta: Tensor) -> str | None:
         return f"there are no CUDA kernels: {cuda.absent()}"
     if theta.dtype not in (torch.float32, torch.float64):
         return f"the compiled engine computes in float32 and float64, the parameters are {theta.dtype}"
-    return transformed(theta.device)
+    return transformed(theta)
 
 
-def transformed(device: torch.device) -> str | None:
+def transformed(tensor: Tensor) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active: the reference differentiates and batches inside it"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active, which the reference has"
-    if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+    if tensor.is_cpu and torch.is_autocast_enabled("cpu"):
         return "autocast is on, the compiled engine computes in the parameters' dtype"
     return None
 
 
-def precision(device: torch.device) -> Precision:
+def precision(tensor: Tensor) -> Precision:
     """The least in which products may be computed: on CUDA devices what autocast says, or TF32 where it is allowed."""
-    if device.type != "cuda":
+    if not tensor.is_cuda:
         return Precision.FULL
     if torch.is_autocast_enabled("cuda"):
         return _PRECISIONS[torch.get_autocast_dtype("cuda")]
@@ -140,7 +143,7 @@ def choose(module: nn.Module, layout: Layout, theta: Tensor, x, y, loss, backend
         return f"not a network the compiled engine knows: {network}"
     if network.fewest_positions * x.shape[1] == 1:
         return "one value a channel has no batch statistics"
-    call = _with_loss(network, loss, y, precision(theta.device))
+    call = _with_loss(network, loss, y, precision(theta))
     return _placed(call, theta) if theta.is_cuda and isinstance(call, Compiled) else call
 
 
@@ -372,35 +375,34 @@ class Meta(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, call: Compiled, again: Callable, options: tuple, *inputs):
-        """inputs: lr, then x, y and weights (or None) of the support set and of the query set, then parameters."""
-        lr, support_x, *others = inputs[:_META_DATA]
-        steps, first_order, mean = options
-        wanted = list(map(int, ctx.needs_input_grad[3 : 3 + _META_DATA]))
+    def forward(ctx, call: Compiled, again: Callable, tasks: Tensor, options: tuple, *inputs):
+        """tasks: how many, as a tensor, by which dividing is faster than by a number.
+
+        inputs: lr, then x, y and weights (or None) of the support set and of the query set, then parameters.
+        """
+        _, _, mean = options
+        wanted = ctx.needs_input_grad[4 : 4 + _META_DATA]
         with torch._C._AutoDispatchBelowAutograd():
             theta = _flatten_dense_tensors(inputs[_META_DATA:])
-            loss, to_theta, *found = _ops.meta.default(
-                *call.arguments(theta), lr, support_x, *others, steps, first_order, mean, wanted
-            )
-            loss = loss.mean() if mean else loss
-        ctx.again, ctx.inputs, ctx.wanted = again, len(inputs), wanted
-        ctx.tasks = len(support_x) if mean else None
-        ctx.save_for_backward(*inputs, to_theta, *(g for g, wish in zip(found, wanted) if wish))
-        return loss
+            loss, to_theta, *found = _ops.meta.default(*call.arguments(theta), *inputs[:_META_DATA], *options, wanted)
+            ctx.again, ctx.tasks = again, tasks if mean else None
+            ctx.save_for_backward(*inputs, to_theta, *itertools.compress(found, wanted))
+            return loss.mean() if mean else loss
 
     @staticmethod
     def backward(ctx, cotangent):
+        none, needed = (None,) * 4, ctx.needs_input_grad[4:]
         saved = ctx.saved_tensors
-        inputs, to_theta, kept = saved[: ctx.inputs], saved[ctx.inputs], iter(saved[ctx.inputs + 1 :])
+        inputs, to_theta, kept = saved[: len(needed)], saved[len(needed)], iter(saved[len(needed) + 1 :])
         if torch.is_grad_enabled():
-            return None, None, None, *_recorded(ctx.again, inputs, ctx.needs_input_grad[3:], (cotangent,))
-        if ctx.tasks:
+            return *none, *_recorded(ctx.again, inputs, needed, (cotangent,))
+        if ctx.tasks is not None:
             cotangent = cotangent / ctx.tasks
             flat = cotangent * to_theta
         else:
             flat = cotangent @ to_theta
-        to_data = [engine.scaled(cotangent, next(kept)) if wish else None for wish in ctx.wanted]
-        return None, None, None, *to_data, *_unflatten_dense_tensors(flat, inputs[_META_DATA:])
+        to_data = [engine.scaled(cotangent, next(kept)) if wish else None for wish in needed[:_META_DATA]]
+        return *none, *to_data, *_unflatten_dense_tensors(flat, inputs[_META_DATA:])
 
 
 def describe(call: Compiled) -> list[str]:

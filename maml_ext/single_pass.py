@@ -6,9 +6,9 @@ all is as it was is what a further call costs.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,16 @@ from .stateless import Layout
 
 @dataclass(eq=False)
 class _Ready:
-    known: object  # what was known of the module: another one means that it has changed
     call: compiled.Compiled
+    tasks: Tensor
     sizes: list[int]
     parameters: list[Tensor]
     rate: float | None = None
     rows: Tensor | None = None
 
 
-_ready: weakref.WeakKeyDictionary[nn.Module, dict[tuple, _Ready]] = weakref.WeakKeyDictionary()
 REMEMBERED = 64
+_kind = attrgetter("shape", "dtype", "device")
 
 
 def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
@@ -38,17 +38,17 @@ def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
         return None
     loss = losses.recognise(maml.loss)
     tensors = _tensors(data)
-    if loss is None or tensors is None or compiled.transformed(tensors[0].device):
+    if loss is None or tensors is None or compiled.transformed(tensors[0]):
         return None
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         return None
-    known = compiled.known(maml.module)
-    kinds = [t is not None and (t.shape, t.dtype, t.device) for t in tensors]
-    key = (steps, loss.settings, compiled.precision(tensors[0].device), *kinds)
-    ready = _ready.setdefault(maml, {})
+    module = maml.module
+    ready = compiled.known(module).calls
+    kinds = [t is not None and _kind(t) for t in tensors]
+    key = (steps, loss.settings, compiled.precision(tensors[0]), *kinds)
     found = ready.get(key)
-    if found is None or found.known is not known:
-        found = _prepare(maml, loss, known, data)
+    if found is None:
+        found = _prepare(maml, loss, data)
         if found is None:
             return None
         if len(ready) >= REMEMBERED:
@@ -72,10 +72,10 @@ def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
             losses.check_weights(name, weight)
             if compiled.needs_reference(found.call.network, weight):
                 return None
-    again = _again(maml.module, loss, steps, maml.meta_gradient, mean)
+    again = _again(module, loss, steps, maml.meta_gradient, mean)
     inputs = rows, *tensors, *found.parameters
     try:
-        return compiled.Meta.apply(found.call, again, (steps, first_order, mean), *inputs)
+        return compiled.Meta.apply(found.call, again, found.tasks, (steps, first_order, mean), *inputs)
     except RuntimeError:
         functional.check_labels(found.call, "support_y", *tensors[:2])
         functional.check_labels(found.call, "query_y", *tensors[3:5])
@@ -95,7 +95,7 @@ def _tensors(data: tuple) -> list[Tensor | None] | None:
     return found
 
 
-def _prepare(maml, loss: losses.Loss, known, data: tuple) -> _Ready | None:
+def _prepare(maml, loss: losses.Loss, data: tuple) -> _Ready | None:
     """None where anything is wrong: two passes raise what there is to raise."""
     layout = Layout(maml.module)
     theta = layout.flatten().detach()
@@ -112,7 +112,7 @@ def _prepare(maml, loss: losses.Loss, known, data: tuple) -> _Ready | None:
         return None
     if not all(isinstance(call, compiled.Compiled) for call in calls) or calls[0].program != calls[1].program:
         return None
-    return _Ready(known, calls[0], layout.sizes, list(layout.parameters.values()))
+    return _Ready(calls[0], theta.new_tensor(len(support_x)), layout.sizes, list(layout.parameters.values()))
 
 
 def _again(module: nn.Module, loss: losses.Loss, steps: int, meta_gradient: str, mean: bool) -> Callable:
