@@ -1,6 +1,6 @@
 """The CPU engine's algorithms for convolutions against the reference: each in the shapes it is chosen for.
 
-``csrc/engine/program.cpp`` chooses by shape: Winograd's where a 3x3 filter with stride 1 has 16 channels or more at
+``csrc/engine/layout.cpp`` chooses by shape: Winograd's where a 3x3 filter with stride 1 has 16 channels or more at
 both ends, ``Contract::few_rows`` for the first layer of a network of images, the direct product for all others.
 """
 

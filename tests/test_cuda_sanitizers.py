@@ -22,8 +22,9 @@ RUNS = {None: [["orders", 3], ["gradients"]], "address": [["orders", 0], ["gradi
 
 def build(root, output, mode, flags):
     """The driver of a copy of the repository."""
-    host = ["csrc/cuda/plan.cpp", "csrc/engine/program.cpp", "tests/emulation/engine_driver.cpp"]
-    sources = [*sorted((root / "csrc/cuda").glob("*.cu")), *(root / file for file in host)]
+    host = ["cuda/plan.cpp", "engine/program.cpp", "engine/layout.cpp"]
+    files = [*(root / "csrc" / file for file in host), root / "tests/emulation/engine_driver.cpp"]
+    sources = [*sorted((root / "csrc/cuda").glob("*.cu")), *files]
     return emulation.compile(sources, output, sanitizer=mode, flags=["-Wno-unknown-pragmas", *flags])
 
 

@@ -74,6 +74,8 @@ struct Layer {
   const Rows* backward;   // one for each phase of the stride: result: positions of in, operand: of out
   int64_t phases;
   bool linear;            // on vectors: one tap, one position
+  bool rectifies;         // linear: takes what it puts out through the ReLU behind it, which works in place
+  bool gates;             // linear: takes the gradient at its input through the ReLU that puts it out, in place too
   const int32_t* filter_rows;  // of in, for each row (tap, input) of the filter gradient
   bool winograd;               // by cpu/engine/winograd.h,
   bool few_rows;               // a first layer: Contract::few_rows
@@ -86,6 +88,7 @@ struct Layer {
   Activation activation;
   bool pooled, logarithm, multiply;
   bool deferred;                // block: writes the gradient at in when the contraction before it asks
+  bool rectified, gated;        // block: a ReLU whose values, whose gradients are those of a linear layer's stores
   int64_t saved, saved_sample;  // where its statistics are in a frame, in elements: saved + samples * saved_sample
 };
 

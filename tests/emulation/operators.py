@@ -13,7 +13,7 @@ from conftest import OPERATORS
 import emulation
 
 CSRC = emulation.ROOT / "csrc"
-HOST = [CSRC / "cuda" / "plan.cpp", CSRC / "engine" / "program.cpp"]
+HOST = [CSRC / "cuda" / "plan.cpp", CSRC / "engine" / "program.cpp", CSRC / "engine" / "layout.cpp"]
 
 
 @cache

@@ -15,6 +15,8 @@ struct Dense {
     const T *a, *b;
   } term[2];
   int terms;
+  bool rectify;         // C = ReLU(C)
+  const T* gate;        // null: none; C = 0 where this is not positive, at rows c_row apart
 };
 
 // Rows [row, end), M at a time, of W vectors in registers.
@@ -40,17 +42,31 @@ __attribute__((noinline)) void dense_rows(const Dense<T>& p, int64_t row, int64_
         b += b_row;
       }
     }
-    const T* from = p.from ? p.from + row * p.from_row + column : kZeros<T>;
-    const int64_t from_row = p.from ? p.from_row : 0, from_step = p.from ? kLanes<T> : 0, c_row = p.c_row;
-    T* c = p.c + row * c_row + column;
-    const Vec<T> scale = splat<T>(p.scale);
+    const Vec<T> scale = splat<T>(p.scale), zero{};
+    auto finish = [&](const T* gate, auto through) ALWAYS {
+      const T* from = p.from ? p.from + row * p.from_row + column : kZeros<T>;
+      const int64_t from_row = p.from ? p.from_row : 0, c_row = p.c_row;
+      T* c = p.c + row * c_row + column;
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++) {
+      for (int m = 0; m < M; m++) {
 #pragma GCC unroll 4
-      for (int w = 0; w < W; w++) store<T>(c + w * kLanes<T>, load<T>(from + w * from_step) + scale * sum[m][w]);
-      c += c_row;
-      from += from_row;
-    }
+        for (int w = 0; w < W; w++) {
+          constexpr int L = kLanes<T>;
+          store<T>(c + w * L, through(load<T>(from + w * L) + scale * sum[m][w], gate + w * L));
+        }
+        c += c_row, from += from_row, gate += c_row;
+        IN_ORDER(c);
+        IN_ORDER(from);
+        IN_ORDER(gate);
+      }
+    };
+    if (p.rectify)
+      finish(kZeros<T>, [&](Vec<T> v, const T*) ALWAYS { return v <= zero ? zero : v; });  // NaN stays NaN
+    else if (p.gate)
+      finish(p.gate + row * p.c_row + column,
+             [&](Vec<T> v, const T* g) ALWAYS { return load<T>(g) <= zero ? zero : v; });
+    else
+      finish(kZeros<T>, [&](Vec<T> v, const T*) ALWAYS { return v; });
   }
 }
 
@@ -95,15 +111,24 @@ struct Linear {
     });
   }
 
-  // A row for each sample: to (+)= bias + sum over terms of data * filter.
+  // A row for each sample: to (+)= bias + sum over terms of data * filter; then through the ReLU of `gate`, the values
+  // it puts out (null: none; `to` itself: these are they).
   static void samples(const Context<T>& c, int64_t group, const Rows& rows, const Value& result, T* to,
-                      const Value& operand, const Term* terms, int count, const T* bias, bool accumulate) {
+                      const Value& operand, const Term* terms, int count, const T* bias, bool accumulate,
+                      const T* gate) {
     constexpr int64_t kCache = 24 * 1024 / sizeof(T);  // elements of filter kept in L1, as in contract.h
     const int64_t vectors = result.pitch / kLanes<T>;
-    if (c.f.count > 2 * kBlockRows[4] && operand.c * smaller<int64_t>(vectors, 4) * kLanes<T> > kCache)
-      return Contract<T>::positions(c, group, rows, result, to, operand, operand.c, terms, count, bias, accumulate);
+    if (c.f.count > 2 * kBlockRows[4] && operand.c * smaller<int64_t>(vectors, 4) * kLanes<T> > kCache) {
+      Contract<T>::positions(c, group, rows, result, to, operand, operand.c, terms, count, bias, accumulate);
+      if (gate)
+        c.crew.each(c.f.count, result.pitch, [&](int64_t n) {
+          for (int64_t i = n * result.image; i < n * result.image + result.pitch; i += kLanes<T>)
+            store<T>(to + i, load<T>(gate + i) <= Vec<T>{} ? Vec<T>{} : load<T>(to + i));
+        });
+      return;
+    }
     Dense<T> p{to, result.image, accumulate ? to : bias, accumulate ? result.image : 0, 1,
-               c.f.count, operand.c, operand.image, 1, result.pitch, {}, count};
+               c.f.count, operand.c, operand.image, 1, result.pitch, {}, count, gate == to, gate == to ? nullptr : gate};
     for (int s = 0; s < count; s++) p.term[s] = {terms[s].data, terms[s].filter};
     multiply(c, p, vectors);
   }
@@ -136,25 +161,47 @@ struct Linear {
       }
   }
 
-  static void narrow_filter(const Context<T>& c, const Layer& l, const Sink<T>& sink, const Term* terms, int count) {
-    const Value &in = c.in(l), &out = c.out(l);
-    for (int64_t o = 0; o < out.c; o++)
-      for (int64_t k = 0; k < in.pitch; k += kLanes<T>) {
-        Vec<T> sum{};
-        for (int s = 0; s < count; s++)
-          for (int64_t n = 0; n < c.f.count; n++)
-            sum += load<T>(terms[s].data + n * in.image + k) * terms[s].filter[n * out.image + o];
-        put<T>(sink, o * in.pitch + k, sum);
-      }
-    for (int64_t o = 0; o < out.c; o++)  // or the padding, which data may fill, would count in the next forward pass
-      for (int64_t k = in.c; k < in.pitch; k++) sink.to[o * in.pitch + k] = 0;
-  }
-
   static void to_output(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, const T* bias) {
     if (c.net.slot[l.weight].narrow)
       narrow_forward(c, l, to, terms, count, bias);
     else
-      samples(c, l.group, *l.forward, c.out(l), to, c.in(l), terms, count, bias, false);
+      samples(c, l.group, *l.forward, c.out(l), to, c.in(l), terms, count, bias, false,
+              l.rectifies ? c.f.value(c.out(l)) : nullptr);
+  }
+
+  // Of f(n), four sums at a time: each waits for itself.
+  template <class F>
+  static INLINE Vec<T> over_samples(int64_t count, F f) {
+    Vec<T> sum[4] = {};
+    int64_t n = 0;
+    for (; n + 4 <= count; n += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) sum[i] += f(n + i);
+    for (; n < count; n++) sum[0] += f(n);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+
+  // The gradient of `rows` rows of parameters goes where the sink says: that of row r is the sum over samples and terms
+  // of a[n * a_step + r * a_row] times b[n * b_step ...], `vectors` long.
+  static void gradient(const Context<T>& c, const Sink<T>& sink, int64_t rows, int64_t vectors, int64_t a_row,
+                       int64_t a_step, int64_t b_step, const Term* terms, int count) {
+    const int64_t pitch = vectors * kLanes<T>;
+    if (rows <= 2) {
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t k = 0; k < pitch; k += kLanes<T>) {
+          Vec<T> total{};
+          for (int s = 0; s < count; s++) {
+            const T *a = terms[s].data + r * a_row, *b = terms[s].filter + k;
+            total += over_samples(c.f.count, [&](int64_t n) ALWAYS { return a[n * a_step] * load<T>(b + n * b_step); });
+          }
+          put<T>(sink, r * pitch + k, total);
+        }
+      return;
+    }
+    Dense<T> p{sink.to, pitch, sink.from, pitch, sink.scale, rows, c.f.count, a_row, a_step, b_step, {}, count, false,
+               nullptr};
+    for (int s = 0; s < count; s++) p.term[s] = {terms[s].data, terms[s].filter};
+    multiply(c, p, vectors);
   }
 
   // The gradients of the parameters: terms are of data and gradients; g, of which the bias' is the sum.
@@ -162,23 +209,24 @@ struct Linear {
     const Value &in = c.in(l), &out = c.out(l);
     if (const Sink<T> sink = c.sink(l.weight, l.writes_weight); sink.to) {
       if (c.net.slot[l.weight].narrow) {
-        narrow_filter(c, l, sink, terms, count);
+        Term turned[2] = {};
+        for (int s = 0; s < count; s++) turned[s] = {terms[s].filter, terms[s].data};
+        gradient(c, sink, out.c, in.pitch / kLanes<T>, 1, out.image, in.image, turned, count);
+        for (int64_t o = 0; o < out.c; o++)  // or the padding, which data may fill, would count in the next forward pass
+          for (int64_t k = in.c; k < in.pitch; k++) sink.to[o * in.pitch + k] = 0;
       } else {
-        Dense<T> p{sink.to, out.pitch, sink.from, out.pitch, sink.scale, in.c, c.f.count, 1, in.image, out.image, {},
-                   count};
-        for (int s = 0; s < count; s++) p.term[s] = {terms[s].data, terms[s].filter};
-        multiply(c, p, out.pitch / kLanes<T>);
+        gradient(c, sink, in.c, out.pitch / kLanes<T>, 1, in.image, out.image, terms, count);
       }
     }
-    if (const Sink<T> sink = c.sink(l.bias, l.writes_bias); sink.to)
-      for (int64_t k = 0; k < out.pitch; k += kLanes<T>) {
-        Vec<T> sum{};
-        for (int64_t n = 0; n < c.f.count; n++) sum += load<T>(g + n * out.image + k);
-        put<T>(sink, k, sum);
-      }
+    if (const Sink<T> sink = c.sink(l.bias, l.writes_bias); sink.to) {
+      const T one = 1;
+      const Term term{&one, g};
+      gradient(c, sink, 1, out.pitch / kLanes<T>, 0, 0, out.image, &term, 1);
+    }
   }
 
   static void to_input(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count) {
-    samples(c, l.group, *l.backward, c.in(l), to, c.out(l), terms, count, nullptr, l.accumulate[0]);
+    samples(c, l.group, *l.backward, c.in(l), to, c.out(l), terms, count, nullptr, l.accumulate[0],
+            l.gates ? c.f.value(c.in(l)) : nullptr);
   }
 };

@@ -31,74 +31,77 @@ struct LossRule {
       return at[i];
   }
   INLINE int64_t original(int64_t n) const { return target.kept ? target.kept[n] : n; }
-  // A position of sample n: where it is in the frame, and in what the caller gave.
-  struct Place {
-    int64_t frame, theirs;
+  // Sample n: where it is in the frame, and what the caller gave for it.
+  struct Sample {
+    const T *value, *value_t;
+    T* gradient;
+    const T *y, *y_t;
+    const int64_t* labels;
+    T* to_y;
   };
-  template <class F>
-  INLINE void each_position(int64_t n, F f) const {
+  INLINE Sample at(int64_t n) const {
     const int64_t plane = v.h * v.w, first = original(n) * v.c * plane;
+    auto offset = [](auto* from, int64_t by) { return from ? from + by : nullptr; };
+    return {f.value(v, n), dual ? t.value(v, n) : nullptr, (dual ? t : f).gradient(v, n), offset(target.y, first),
+            offset(target_t.y, first), offset(target.labels, original(n) * plane), offset(to_y, first)};
+  }
+  // Calls f(offset in the frame, position).
+  template <class F>
+  INLINE void each_position(F f) const {
     for (int64_t y = 0; y < v.h; y++)
-      for (int64_t x = 0; x < v.w; x++) f(Place{y * v.row + x * v.pitch, first + y * v.w + x}, y * v.w + x);
+      for (int64_t x = 0; x < v.w; x++) f(y * v.row + x * v.pitch, y * v.w + x);
   }
-  INLINE D prediction(int64_t n, Place p, int64_t k) const {
-    return number(f.value(v, n), dual ? t.value(v, n) : nullptr, p.frame + k);
-  }
-  INLINE int64_t place(Place p, int64_t k) const { return p.theirs + k * v.h * v.w; }
-  INLINE D desired(Place p, int64_t k) const { return number(target.y, target_t.y, place(p, k)); }
   INLINE D weight(int64_t n) const {
     return target.weight ? number(target.weight, target_t.weight, original(n)) : D(1);
-  }
-  INLINE void set_gradient(int64_t n, Place p, int64_t k, D g) const {
-    (dual ? t : f).gradient(v, n)[p.frame + k] = T(result_of(g));
   }
   INLINE void add(T* to, int64_t at, D g) const { to[at] += T(sign * result_of(g)); }
 
   bool classes() const { return net.loss.kind == kLabels || net.loss.kind == kSoftLabels; }
-
-  INLINE int64_t label(int64_t n, int64_t position) const { return target.labels[original(n) * v.h * v.w + position]; }
 
   // z of a sample.
   double share(int64_t n) const {
     if (!classes()) return 1;
     if (net.loss.kind == kSoftLabels) return double(v.h) * v.w;
     double z = 0;
-    for (int64_t i = 0; i < v.h * v.w; i++) {
-      const int64_t k = label(n, i);
-      if (k != net.loss.ignore_index) z += class_weight ? double(class_weight[k]) : 1.0;
-    }
+    const int64_t* labels = at(n).labels;
+    for (int64_t i = 0; i < v.h * v.w; i++)
+      if (labels[i] != net.loss.ignore_index) z += class_weight ? double(class_weight[labels[i]]) : 1.0;
     return z;
   }
 
-  // The loss of a sample, whose gradients are set times `scale`.
-  INLINE D sample(int64_t n, D scale) const {
+  // The loss of a sample, whose gradients are set times `scale`; `part` is the share of an element. `kind`: kLabels
+  // stands for both kinds of them.
+  template <LossKind kind>
+  INLINE D loss(const Sample& s, D scale, D part) const {
+    const int64_t plane = v.h * v.w;
     D l(0);
-    if (!classes()) {
-      const D part(1.0 / (double(v.c) * v.h * v.w)), both = scale * part;
-      each_position(n, [&](Place p, int64_t) {
-        for (int64_t k = 0; k < v.c; k++) {
-          const auto e = element_loss(net.loss.kind, net.loss.parameter, prediction(n, p, k), desired(p, k));
+    if constexpr (kind != kLabels) {
+      const D both = scale * part;
+      each_position([&](int64_t ours, int64_t theirs) {
+        for (int64_t k = 0; k < v.c; k++, ours++, theirs += plane) {
+          const auto e = element_loss(kind, net.loss.parameter, number(s.value, s.value_t, ours),
+                                      number(s.y, s.y_t, theirs));
           l = l + part * e.value;
-          set_gradient(n, p, k, both * e.by_prediction);
-          if (to_y) add(to_y, place(p, k), both * e.by_target);
+          s.gradient[ours] = T(result_of(both * e.by_prediction));
+          if (s.to_y) add(s.to_y, theirs, both * e.by_target);
         }
       });
       return l;
     }
-    const bool labels = net.loss.kind == kLabels;
-    each_position(n, [&](Place p, int64_t position) {
-      const int64_t right = labels ? label(n, position) : 0;
-      if (labels && right == net.loss.ignore_index) {
-        for (int64_t k = 0; k < v.c; k++) set_gradient(n, p, k, D(0));
+    each_position([&](int64_t ours, int64_t theirs) {
+      const int64_t right = s.labels ? s.labels[theirs] : -1;
+      if (s.labels && right == net.loss.ignore_index) {
+        for (int64_t k = 0; k < v.c; k++) s.gradient[ours + k] = 0;
         return;
       }
       l = l + cross_entropy<double, D>(
-                  v.c, labels ? right : -1, net.loss.parameter, scale, [&](int64_t k) { return prediction(n, p, k); },
-                  [&](int64_t k) { return desired(p, k); },
+                  v.c, right, net.loss.parameter, scale,
+                  [&](int64_t k) { return number(s.value, s.value_t, ours + k); },
+                  [&](int64_t k) { return number(s.y, s.y_t, theirs + k * plane); },
                   [&](int64_t k) { return class_weight ? double(class_weight[k]) : 1.0; },
-                  [&](int64_t k, D g) { set_gradient(n, p, k, g); },
+                  [&](int64_t k, D g) { s.gradient[ours + k] = T(result_of(g)); },
                   [&](int64_t k, D g) {
-                    if (to_y) add(to_y, place(p, k), g);
+                    if (s.to_y) add(s.to_y, theirs + k * plane, g);
                   });
     });
     return l;
@@ -108,11 +111,23 @@ struct LossRule {
 
   // The loss; its gradient (or the tangent of it) goes to the prediction's, and what is wanted of y's and w's.
   D run() const {
+    switch (net.loss.kind) {
+      case kMse: return all<kMse>();
+      case kHuber: return all<kHuber>();
+      case kBinary: return all<kBinary>();
+      default: return all<kLabels>();
+    }
+  }
+  template <LossKind kind>
+  D all() const {
     D total(0), normaliser(0);
-    for (int64_t n = 0; n < f.count; n++) normaliser = normaliser + weight(n) * D(share(n));
-    const D each = D(1) / normaliser;
+    if (kind != kLabels && !target.weight)
+      normaliser = D(f.count);
+    else
+      for (int64_t n = 0; n < f.count; n++) normaliser = normaliser + weight(n) * D(share(n));
+    const D each = D(1) / normaliser, part(1.0 / (double(v.c) * v.h * v.w));
     for (int64_t n = 0; n < f.count; n++) {
-      const D scale = weight(n) * each, l = sample(n, scale);
+      const D scale = weight(n) * each, l = loss<kind>(at(n), scale, part);
       total = total + scale * l;
       if (to_weight) add(to_weight, original(n), l * each);
     }

@@ -174,11 +174,20 @@ void transpose(const T* in, int64_t in_step, T* out, int64_t out_step, int64_t r
       Vec<T> tile[L];
       const int64_t count = smaller<int64_t>(L, rows - r), lines = smaller<int64_t>(L, columns - c);
       // Numbers of registers are constants: a loop that ends early would keep the tile in memory.
+      const T* from = in + r * in_step + c;
 #pragma GCC unroll 16
-      for (int i = 0; i < L; i++) tile[i] = i < count ? load<T>(in + (r + i) * in_step + c) : Vec<T>{};
+      for (int i = 0; i < L; i++) {
+        tile[i] = i < count ? load<T>(from) : Vec<T>{};
+        from += in_step;
+        IN_ORDER(from);
+      }
       transpose_tile<T>(tile);
+      T* to = out + c * out_step + r;
 #pragma GCC unroll 16
-      for (int i = 0; i < L; i++)
-        if (i < lines) store<T>(out + (c + i) * out_step + r, tile[i]);
+      for (int i = 0; i < L; i++) {
+        if (i < lines) store<T>(to, tile[i]);
+        to += out_step;
+        IN_ORDER(to);
+      }
     }
 }

@@ -29,6 +29,8 @@ template <class T>
 constexpr int kLanes = MAML_VECTOR_BYTES / sizeof(T);
 
 #define INLINE inline __attribute__((always_inline))
+// Of a pointer that advances in an unrolled loop: else all its values are computed ahead, and spilled.
+#define IN_ORDER(pointer) asm("" : "+r"(pointer))
 #define ALWAYS __attribute__((always_inline))  // of a lambda in an inner loop: else its vectors go through memory
 
 template <class T>
@@ -46,7 +48,7 @@ INLINE Vec<T> splat(T x) {
 // Where a sum may have no first term, it starts from these zeros: `start ? load(start) + v : v` must not be written.
 // GCC 12 makes a masked addition of it whose mask is the condition, one bit, so that only lane 0 is added.
 template <class T>
-alignas(MAML_VECTOR_BYTES) constexpr T kZeros[kLanes<T>] = {};
+alignas(MAML_VECTOR_BYTES) constexpr T kZeros[4 * kLanes<T>] = {};
 template <class T>
 INLINE Vec<T> load_or_zero(const T* p) {
   return load<T>(p ? p : kZeros<T>);

@@ -153,6 +153,7 @@ struct Task {
   void rule(int which, int layer, const Context<T>& c) const {
     const Layer& l = net.layer[layer];
     if (!net.has_tangent[l.out] && which != kForward) return;  // nothing adapted comes before it
+    if (which == kForward || which == kTangentForward ? l.rectified : l.gated) return;
     timed(layer, which, [&] {
       if (!l.few_rows || l.writer < 0) return rules[4 * layer + which](c, l);
       Context<T> with_writer = c;
