@@ -1,6 +1,7 @@
 // The products of contract.h for linear layers on vectors: a sample is a row, rows are evenly spaced. Small networks
 // are made of these, and what they spend beside products counts: rows need no tables, and the gradient of a filter that
-// no other layer reads is not stored but goes into the step it is for (Sink).
+// no other layer reads is not stored but goes into the step it is for (Sink), and a ReLU behind or before the layer is
+// taken where results are stored (Layer::rectifies, gates).
 
 // C = from + scale * sum over terms and k of A[row * a_row + k * a_step] * B[k * b_row ...], like product.h's.
 template <class T>

@@ -511,8 +511,32 @@ struct Work {
       Bump memory{w.memory[worker], 0};
       task.lay_out(memory);
       task.begin();
-      for (int64_t g = w.groups * worker / w.workers; g < w.groups * (worker + 1) / w.workers; g++) w.group(task, g);
+      for (int64_t g = w.first(worker); g < w.first(worker + 1); g++) {
+        w.group(task, g);
+        for (int64_t size = 2; (g + 1) % size == 0 && w.first(worker) <= g + 1 - size; size *= 2)
+          w.add(g + 1 - size, size);
+      }
     }
+  }
+
+  // The sums of groups are added up as a tree: those of `size` groups, a power of two, from a multiple of it on, in two
+  // halves. What lies within the groups of a worker it adds while they are in its cache, the rest comes at the end.
+  int64_t first(int64_t worker) const { return groups * worker / workers; }
+  void add(int64_t begin, int64_t size) const {
+    const int64_t half = begin + size / 2;
+    if (extent) {
+      T* to = theta_sums + begin * extent;
+      combine_parameters<T>(extent, to, to, theta_sums + half * extent, T(1), nullptr);
+    }
+    for (int64_t i = 0; i < numbers; i++) rate_sums[begin * numbers + i] += rate_sums[half * numbers + i];
+  }
+  void add_rest() const {
+    if (!extent && !numbers) return;
+    for (int64_t size = 2; size < 2 * groups; size *= 2)
+      for (int64_t begin = 0, worker = 0; begin + size / 2 < groups; begin += size) {
+        while (first(worker + 1) <= begin) worker++;
+        if (begin + size > first(worker + 1)) add(begin, size);
+      }
   }
 };
 
@@ -555,10 +579,7 @@ void run(const Call<T>& call, const Machine& machine) {
   else
     Work<T>::some(&work, 0, 1);
 
-  for (int64_t g = 1; g < work.groups; g++) {
-    for (int64_t i = 0; i < work.extent; i++) work.theta_sums[i] += work.theta_sums[g * work.extent + i];
-    for (int64_t i = 0; i < work.numbers; i++) work.rate_sums[i] += work.rate_sums[g * work.numbers + i];
-  }
+  work.add_rest();
   auto unload = [&](const T* from, T* to) {
     for (int64_t i = 0; i < net.parameters; i++) to[i] = 0;
     from_engine<T>(net, from, to);
