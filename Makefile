@@ -9,6 +9,7 @@ WORKERS ?= auto
 ARGS ?=
 
 PY := $(VENV)/bin/python
+PARALLEL := -n $(WORKERS) --maxprocesses=8 --dist loadgroup
 STAMP := $(VENV)/.installed-$(or $(MAML_EXT_BUILD),auto)
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
@@ -33,7 +34,7 @@ $(STAMP): $(SOURCES)
 	touch $@
 
 test: install
-	$(PY) -m pytest -n $(WORKERS) --maxprocesses=8 $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 # The tests of the compiled part under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own (and of
 # the CUDA kernels, on the CPU). torch and Python free nothing at exit (leaks), and the engine asks for memory that may
@@ -47,7 +48,7 @@ sanitize: install
 		--build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/objects >$(SANITIZED).log 2>&1 || ! cat $(SANITIZED).log
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	MAML_EXT_SANITIZE=1 MAML_EXT_EMULATED_SANITIZER=address PYTHONPATH=$(SANITIZED)/lib $(VENV)/bin/pytest -n $(WORKERS) --maxprocesses=8 \
+	MAML_EXT_SANITIZE=1 MAML_EXT_EMULATED_SANITIZER=address PYTHONPATH=$(SANITIZED)/lib $(VENV)/bin/pytest $(PARALLEL) \
 	--capture=sys $(SANITIZE_TESTS) $(ARGS)
 
 # The table of what every CUDA kernel needs, csrc/cuda/resources.txt. Needs nvcc, and no GPU.
