@@ -38,13 +38,7 @@ ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 OPTIMIZED = ["-O3", "-g0"]
 # Python's own flags define overflow (-fwrapv), which would hide it.
 SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", "-D_GLIBCXX_ASSERTIONS"]
-# Without what is a check at every access to memory and AddressSanitizer or the processor sees too: half the time to
-# compile.
-SANITIZERS = [
-    "-fsanitize=address,undefined",
-    "-fno-sanitize=null,alignment,object-size,pointer-overflow,vptr",
-    "-fno-sanitize-recover=all",
-]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def files(pattern: str) -> list[str]:

@@ -28,10 +28,15 @@ using Vec = typename Simd<T>::V;
 template <class T>
 constexpr int kLanes = MAML_VECTOR_BYTES / sizeof(T);
 
+#if defined(__SANITIZE_ADDRESS__)  // each function is compiled once, not into every caller: in less than half the time
+#define INLINE inline
+#define ALWAYS
+#else
 #define INLINE inline __attribute__((always_inline))
+#define ALWAYS __attribute__((always_inline))  // of a lambda in an inner loop: else its vectors go through memory
+#endif
 // Of a pointer that advances in an unrolled loop: else all its values are computed ahead, and spilled.
 #define IN_ORDER(pointer) asm("" : "+r"(pointer))
-#define ALWAYS __attribute__((always_inline))  // of a lambda in an inner loop: else its vectors go through memory
 
 template <class T>
 INLINE Vec<T> load(const T* p) {
