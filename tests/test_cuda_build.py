@@ -12,10 +12,7 @@ pytestmark = [
     pytest.mark.thorough,
     pytest.mark.skipif(NVCC is None, reason="there is no nvcc: set CUDA_HOME to have CUDA kernels compiled"),
 ]
-# In one process, which compiles for an architecture once.
-each_architecture = pytest.mark.parametrize(
-    "architecture", [pytest.param(a, id=short(a), marks=pytest.mark.xdist_group(f"nvcc {a}")) for a in ARCHITECTURES]
-)
+each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=short)
 
 
 @functools.cache

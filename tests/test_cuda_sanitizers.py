@@ -13,7 +13,6 @@ import pytest
 
 pytestmark = [
     pytest.mark.thorough,
-    pytest.mark.xdist_group("mutants"),  # in one process, which builds the drivers
     pytest.mark.skipif(bool(emulation.unavailable()), reason=emulation.unavailable() or "-"),
 ]
 
