@@ -26,6 +26,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 import maml_ext
 from maml_ext import reference
+from maml_ext.ops import library
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -262,6 +263,9 @@ def test_a_backward_pass_frees_the_graph(wrap):
 # The single pass of MAML's own call computes its gradients in the forward pass: autograd's promises hold all the same.
 
 
+needs_engine = pytest.mark.skipif(library.ABSENT is not None, reason="the compiled engine has the single pass")
+
+
 def single_pass():
     """The loss, and what it depends on."""
     batch = [t.requires_grad_() for t in vectors()]
@@ -269,6 +273,7 @@ def single_pass():
     return maml(*batch), [*maml.parameters(), *batch]
 
 
+@needs_engine
 def test_a_single_pass_is_differentiated_once_or_with_its_graph_retained():
     loss, wrt = single_pass()
     found = [torch.autograd.grad(loss, wrt, retain_graph=again) for again in (True, False)]
@@ -277,6 +282,7 @@ def test_a_single_pass_is_differentiated_once_or_with_its_graph_retained():
         torch.autograd.grad(loss, wrt)
 
 
+@needs_engine
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_a_single_pass_sees_that_its_inputs_have_changed(create_graph):
     for i in range(len(single_pass()[1])):
@@ -287,6 +293,7 @@ def test_a_single_pass_sees_that_its_inputs_have_changed(create_graph):
             torch.autograd.grad(loss, wrt, create_graph=create_graph)
 
 
+@needs_engine
 def test_a_single_pass_lets_go_of_its_data_after_the_backward_pass():
     batch = list(vectors())
     held = [weakref.ref(t) for t in batch]
@@ -297,6 +304,7 @@ def test_a_single_pass_lets_go_of_its_data_after_the_backward_pass():
     assert all(ref() is None for ref in held)
 
 
+@needs_engine
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_a_single_pass_keeps_its_tensors_where_it_is_told_to(create_graph):
     torch.manual_seed(0)
