@@ -94,22 +94,22 @@ void Builder::lay_out() {
     for (const int v : {l.in, l.second})
       if (v >= 0 && (++readers[v] > 1 || l.kind != kBlock)) values[v].spent = false;
   // An activation that only scales, by the sign of its input, works in place: the sign of its output is the same.
-  std::vector<int> home(values.size(), -1), producer(values.size(), -1);
-  std::vector<bool> contracted(values.size());
+  std::vector<int> home(values.size(), -1);
+  std::vector<Layer*> producer(values.size());
   for (Layer& l : layers) {
-    contracted[l.out] = l.kind == kContract;
-    producer[l.out] = int(&l - layers.data());
-    if (l.linear && home[l.in] >= 0 && readers[l.in] == 1 && layers[producer[l.in]].activation == kRelu)
-      l.gates = layers[producer[l.in]].gated = true;
+    producer[l.out] = &l;
+    Layer* before = producer[l.in];
+    if (l.linear && home[l.in] >= 0 && readers[l.in] == 1 && before->activation == kRelu)
+      l.gates = before->gated = true;
     const bool scales = l.activation == kRelu || (l.activation == kLeakyRelu && l.a >= 0);
     const Value &in = values[l.in], &out = values[l.out];
-    if (l.kind != kBlock || l.statistics != kNoStatistics || l.pooled || !scales || !contracted[l.in] ||
-        readers[l.in] > 1 || in.halo_h != out.halo_h || in.halo_w != out.halo_w)
+    if (l.kind != kBlock || l.statistics != kNoStatistics || l.pooled || !scales || !before ||
+        before->kind != kContract || readers[l.in] > 1 || in.halo_h != out.halo_h || in.halo_w != out.halo_w)
       continue;
     home[l.out] = l.in;
     values[l.in].spent = false;
-    Layer& before = layers[producer[l.in]];
-    if (before.linear && !slots[before.weight].narrow && l.activation == kRelu) before.rectifies = l.rectified = true;
+    if (before->linear && !slots[before->weight].narrow && l.activation == kRelu)
+      before->rectifies = l.rectified = true;
   }
   int64_t at = 0;
   for (size_t v = 0; v < values.size(); v++) {

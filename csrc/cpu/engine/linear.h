@@ -16,9 +16,14 @@ struct Dense {
     const T *a, *b;
   } term[2];
   int terms;
-  bool rectify;         // C = ReLU(C)
-  const T* gate;        // null: none; C = 0 where this is not positive, at rows c_row apart
+  const T* gate;        // values of a ReLU, at rows c_row apart, that C goes through; C itself: they are its results
 };
+
+// What a ReLU with the value `gate`, before or behind it, makes of a value or a gradient. NaN stays NaN.
+template <class T>
+INLINE Vec<T> gated(Vec<T> gate, Vec<T> v) {
+  return gate <= Vec<T>{} ? Vec<T>{} : v;
+}
 
 // Rows [row, end), M at a time, of W vectors in registers.
 template <class T, int M, int W>
@@ -43,11 +48,12 @@ __attribute__((noinline)) void dense_rows(const Dense<T>& p, int64_t row, int64_
         b += b_row;
       }
     }
-    const Vec<T> scale = splat<T>(p.scale), zero{};
-    auto finish = [&](const T* gate, auto through) ALWAYS {
+    const Vec<T> scale = splat<T>(p.scale);
+    auto finish = [&](auto through) ALWAYS {
       const T* from = p.from ? p.from + row * p.from_row + column : kZeros<T>;
       const int64_t from_row = p.from ? p.from_row : 0, c_row = p.c_row;
       T* c = p.c + row * c_row + column;
+      const T* gate = (p.gate ? p.gate : p.c) + row * c_row + column;
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++) {
 #pragma GCC unroll 4
@@ -61,13 +67,12 @@ __attribute__((noinline)) void dense_rows(const Dense<T>& p, int64_t row, int64_
         IN_ORDER(gate);
       }
     };
-    if (p.rectify)
-      finish(kZeros<T>, [&](Vec<T> v, const T*) ALWAYS { return v <= zero ? zero : v; });  // NaN stays NaN
-    else if (p.gate)
-      finish(p.gate + row * p.c_row + column,
-             [&](Vec<T> v, const T* g) ALWAYS { return load<T>(g) <= zero ? zero : v; });
+    if (!p.gate)
+      finish([](Vec<T> v, const T*) ALWAYS { return v; });
+    else if (p.gate == p.c)
+      finish([](Vec<T> v, const T*) ALWAYS { return gated<T>(v, v); });
     else
-      finish(kZeros<T>, [&](Vec<T> v, const T*) ALWAYS { return v; });
+      finish([](Vec<T> v, const T* gate) ALWAYS { return gated<T>(load<T>(gate), v); });
   }
 }
 
@@ -112,8 +117,7 @@ struct Linear {
     });
   }
 
-  // A row for each sample: to (+)= bias + sum over terms of data * filter; then through the ReLU of `gate`, the values
-  // it puts out (null: none; `to` itself: these are they).
+  // A row for each sample: to (+)= bias + sum over terms of data * filter, through a ReLU where `gate` is not null.
   static void samples(const Context<T>& c, int64_t group, const Rows& rows, const Value& result, T* to,
                       const Value& operand, const Term* terms, int count, const T* bias, bool accumulate,
                       const T* gate) {
@@ -124,12 +128,12 @@ struct Linear {
       if (gate)
         c.crew.each(c.f.count, result.pitch, [&](int64_t n) {
           for (int64_t i = n * result.image; i < n * result.image + result.pitch; i += kLanes<T>)
-            store<T>(to + i, load<T>(gate + i) <= Vec<T>{} ? Vec<T>{} : load<T>(to + i));
+            store<T>(to + i, gated<T>(load<T>(gate + i), load<T>(to + i)));
         });
       return;
     }
     Dense<T> p{to, result.image, accumulate ? to : bias, accumulate ? result.image : 0, 1,
-               c.f.count, operand.c, operand.image, 1, result.pitch, {}, count, gate == to, gate == to ? nullptr : gate};
+               c.f.count, operand.c, operand.image, 1, result.pitch, {}, count, gate};
     for (int s = 0; s < count; s++) p.term[s] = {terms[s].data, terms[s].filter};
     multiply(c, p, vectors);
   }
@@ -199,7 +203,7 @@ struct Linear {
         }
       return;
     }
-    Dense<T> p{sink.to, pitch, sink.from, pitch, sink.scale, rows, c.f.count, a_row, a_step, b_step, {}, count, false,
+    Dense<T> p{sink.to, pitch, sink.from, pitch, sink.scale, rows, c.f.count, a_row, a_step, b_step, {}, count,
                nullptr};
     for (int s = 0; s < count; s++) p.term[s] = {terms[s].data, terms[s].filter};
     multiply(c, p, vectors);
@@ -213,7 +217,8 @@ struct Linear {
         Term turned[2] = {};
         for (int s = 0; s < count; s++) turned[s] = {terms[s].filter, terms[s].data};
         gradient(c, sink, out.c, in.pitch / kLanes<T>, 1, out.image, in.image, turned, count);
-        for (int64_t o = 0; o < out.c; o++)  // or the padding, which data may fill, would count in the next forward pass
+        // Or the padding, which data may fill, would count in the next forward pass.
+        for (int64_t o = 0; o < out.c; o++)
           for (int64_t k = in.c; k < in.pitch; k++) sink.to[o * in.pitch + k] = 0;
       } else {
         gradient(c, sink, in.c, out.pitch / kLanes<T>, 1, in.image, out.image, terms, count);

@@ -524,10 +524,8 @@ struct Work {
   int64_t first(int64_t worker) const { return groups * worker / workers; }
   void add(int64_t begin, int64_t size) const {
     const int64_t half = begin + size / 2;
-    if (extent) {
-      T* to = theta_sums + begin * extent;
-      combine_parameters<T>(extent, to, to, theta_sums + half * extent, T(1), nullptr);
-    }
+    T* to = theta_sums + begin * extent;
+    combine_parameters<T>(extent, to, to, theta_sums + half * extent, T(1), nullptr);
     for (int64_t i = 0; i < numbers; i++) rate_sums[begin * numbers + i] += rate_sums[half * numbers + i];
   }
   void add_rest() const {
