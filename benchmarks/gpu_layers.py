@@ -103,7 +103,7 @@ def count(program: tuple[list[int], list[float]], problem: Problem) -> Counts:
     theta = torch.cat([p.detach().flatten() for p in problem.initial.parameters()])
     rates = torch.full((1, 1), workload.lr)
     support, query = (problem.support_x, problem.support_y, None), (problem.query_x, problem.query_y, None)
-    arguments = *program, None, theta, rates, *support, *query, workload.steps, False, True, [0] * 7
+    arguments = *program, None, [theta], rates, *support, *query, workload.steps, False, True, [0] * 7
     with watched(watch):
         engine.run("meta", torch.ops.maml_ext.checked_meta, *arguments)  # which lays out memory, once for all calls
         launches.clear()

@@ -17,6 +17,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from maml_ext.ops.engine import existing, meta_results, placed
 from maml_ext.program import LossKind
 
 from . import graphs, update
@@ -145,8 +146,11 @@ class Samples:
 
 
 class Plan:
-    """``take`` copies arguments in, ``run`` launches, ``give`` copies results out. Constructors take the same arguments
-    as ``take``, the tensors among them for their shapes."""
+    """``take`` copies arguments in, ``run`` launches, ``give`` copies results out, which gets None for those that
+    ``returned`` has no flag for. Constructors take the same arguments as ``take``, the tensors among them for their
+    shapes."""
+
+    returned: Sequence[int]
 
     def __init__(self, network: Network, theta: Tensor, tasks: int):
         self.parameters = Parameters(network, tasks, theta)
@@ -161,6 +165,7 @@ class Predict(Plan):
     def __init__(self, network, constants, theta, x, prediction):
         super().__init__(network, theta, len(x))
         self.query = Samples(self.parameters, x, None, None)
+        self.returned = [1]
 
     def take(self, constants, theta, x, prediction):
         self._take(constants, theta)
@@ -178,6 +183,7 @@ class Pull(Plan):
         super().__init__(network, theta, len(x))
         self.query = Samples(self.parameters, x, None, None, wanted[1:])
         self.gradient = self.parameters.new() if wanted[0] else None
+        self.returned = wanted
 
     def take(self, constants, theta, x, cotangent, wanted):
         self._take(constants, theta)
@@ -202,6 +208,7 @@ class PullTangent(Plan):
         super().__init__(network, theta, len(x))
         self.query = Samples(self.parameters, x, None, None, [1], [x_t], dual=True)
         self.direction, self.gradient = self.parameters.new(), self.parameters.new()
+        self.returned = [1, 1, 1]
 
     def take(self, constants, theta, x, cotangent, theta_t, x_t):
         self._take(constants, theta)
@@ -229,6 +236,7 @@ class Score(Plan):
         self.query = Samples(self.parameters, x, y, weight, wanted[1:])
         self.gradient = self.parameters.new() if wanted[0] else None
         self.back = any(wanted)
+        self.returned = [1, wanted[0], *existing(wanted[1:], y, weight)]
 
     def take(self, constants, theta, x, y, weight, wanted):
         self._take(constants, theta)
@@ -251,6 +259,7 @@ class ScoreTangent(Plan):
         super().__init__(network, theta, len(x))
         self.query = Samples(self.parameters, x, y, weight, wanted, [x_t, y_t, weight_t], dual=True)
         self.direction, self.gradient = self.parameters.new(), self.parameters.new()
+        self.returned = [1, *existing(wanted, y, weight)]
 
     def take(self, constants, theta, x, y, weight, theta_t, x_t, y_t, weight_t, wanted):
         self._take(constants, theta)
@@ -342,6 +351,7 @@ class Loop(Plan):
 class Adapt(Loop):
     def __init__(self, network, constants, theta, lr, x, y, weight, steps):
         super().__init__(network, theta, lr, x, y, weight, steps, recurs=False)
+        self.returned = [1] * steps
 
     def take(self, constants, theta, lr, x, y, weight, steps):
         self._take(constants, theta)
@@ -362,6 +372,7 @@ class Adjoint(Loop):
     ):  # fmt: skip
         steps = len(trajectory) + 1
         super().__init__(network, theta, lr, x, y, weight, steps, True, first_order, wanted)
+        self.returned = [1, wanted[0], *existing(wanted[1:], y, weight)]
         for k in at:
             self.cotangents[k + 1] = self.parameters.new()
 
@@ -397,6 +408,9 @@ class Meta(Loop):
             network, theta, lr, support_x, support_y, support_weight, steps, True, first_order, wanted[:4]
         )
         self.query = Samples(self.parameters, query_x, query_y, query_weight, wanted[4:])
+        self.returned = meta_results(
+            lr, support_x, support_y, support_weight, query_x, query_y, query_weight, steps, first_order, reduce, wanted
+        )  # fmt: skip
 
     def take(
         self, constants, theta, lr, support_x, support_y, support_weight, query_x, query_y, query_weight, *options
@@ -417,10 +431,14 @@ class Meta(Loop):
         self.recur()
 
     def give(self, loss, to_theta, to_rates, *to_data):
-        loss.copy_(self.query.loss[0])
-        self.parameters.give(self.adjoint.sum(0) if to_theta.dim() == 1 else self.adjoint, to_theta)
+        reduce, losses = loss.dim() == 0, self.query.loss[0]
+        loss.copy_(losses.mean() if reduce else losses)
+        self.parameters.give(self.adjoint.mean(0) if reduce else self.adjoint, to_theta)
         self._give_recursion(to_rates, to_data[:3])
         self.query.give_gradients(0, *to_data[3:])
+        for gradient in (to_rates, *to_data) if reduce else ():
+            if gradient is not None:
+                gradient.div_(len(losses))
 
 
 PLANS = {
@@ -440,9 +458,18 @@ def _kind(argument):
     return argument
 
 
+def _assembled(theta: Sequence[Tensor], parameters: int) -> Tensor:
+    """theta in one tensor, [P] or [T, P]."""
+    if len(theta) == 1 and theta[0].numel() != parameters:
+        return theta[0]
+    return torch.cat([part.reshape(-1) for part in theta])
+
+
 def run(name: str, checked, program: Sequence[int], numbers: Sequence[float], *arguments) -> list[Tensor]:
     """An operator by Triton kernels; ``checked`` is its ``checked_`` operator."""
     results = checked(program, numbers, *arguments)
+    if name == "meta":
+        arguments = arguments[0], _assembled(arguments[1], program[1]), *arguments[2:]
     theta, x = arguments[1], arguments[3 if name in ("adapt", "adjoint", "meta") else 2]
     if len(x) == 0:
         return results
@@ -462,5 +489,5 @@ def run(name: str, checked, program: Sequence[int], numbers: Sequence[float], *a
             _plans.popitem(last=False)
         plan.take(*arguments)
         launches()
-        plan.give(*results)
+        plan.give(*placed(plan.returned, results))
     return results

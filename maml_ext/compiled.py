@@ -8,14 +8,13 @@ which is differentiable to any order: never through a gradient that was computed
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _unflatten_dense_tensors
 from torch.autograd import forward_ad
 
 from . import losses, recognise
@@ -56,7 +55,7 @@ class Compiled:
             return None
         return torch.cat([source.detach().reshape(-1) for source in self.sources])
 
-    def arguments(self, theta: Tensor) -> tuple:
+    def arguments(self, theta: Tensor | Sequence[Tensor]) -> tuple:
         return self.program, self.numbers, self.constants, theta
 
 
@@ -236,7 +235,8 @@ class Predict(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, None, *_or_none(needed, _Pull.apply(ctx.call, ctx.again, theta, x, cotangent))
         found = _raw(_ops.pull.default, *ctx.call.arguments(theta), x, cotangent, list(map(int, needed)))
-        return None, None, engine.like_theta(found[0], theta) if needed[0] else None, found[1] if needed[1] else None
+        to_theta, to_x = engine.placed(needed, found)
+        return None, None, engine.like_theta(to_theta, theta) if needed[0] else None, to_x
 
 
 class _Pull(torch.autograd.Function):
@@ -279,9 +279,11 @@ class Score(torch.autograd.Function):
     @staticmethod
     def backward(ctx, cotangent):
         inputs, gradients = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        needed = ctx.needs_input_grad[2:]
+        computed = needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
+            computed = (True, True, *needed[2:])
             gradients = _ScoreGradient.apply(ctx.call, ctx.again, needed[2:], *inputs)
+        gradients = engine.placed(computed, gradients)
         scaled = [engine.scaled(cotangent, g) if n else None for n, g in zip(needed, gradients)]
         if needed[0]:
             scaled[0] = engine.like_theta(scaled[0], inputs[0])
@@ -302,12 +304,13 @@ class _ScoreGradient(torch.autograd.Function):
     def backward(ctx, *directions):
         theta, *data = inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:]
-        directions = _or_none(ctx.wanted, directions)
+        directions = engine.placed(ctx.wanted, directions)
         if torch.is_grad_enabled():
             return None, None, None, *_gradients_again(ctx, inputs, needed, directions)
         wanted = list(map(int, needed[1:]))
         found = _raw(_ops.score_tangent.default, *ctx.call.arguments(theta), *data, *directions, wanted)
-        return None, None, None, *_or_none(needed, (engine.like_theta(found[0], theta), *found[1:]))
+        found = engine.like_theta(found[0], theta), *engine.placed(wanted, found[1:])
+        return None, None, None, *_or_none(needed, found)
 
 
 def _gradients_again(ctx, inputs, needed, directions):
@@ -343,11 +346,12 @@ class Adapt(torch.autograd.Function):
             return *none, *_recorded(ctx.again, inputs, needed, cotangents)
         theta, *others = inputs
         at = [k for k, c in enumerate(cotangents) if c is not None]
-        found = _raw(
+        to_theta, *found = _raw(
             _ops.adjoint.default, *ctx.call.arguments(theta), *others, thetas[:-1],
             [cotangents[k] for k in at], at, not ctx.exact, list(map(int, needed[1:])),
         )  # fmt: skip
-        return *none, *_or_none(needed, (engine.like_theta(found[0], theta), *found[1:]))
+        to_theta = engine.like_theta(to_theta, theta) if needed[0] else None
+        return *none, to_theta, *engine.placed(needed[1:], found)
 
 
 class Hvp(torch.autograd.Function):
@@ -369,38 +373,30 @@ _META_DATA = 7  # tensors before the parameters
 class Meta(torch.autograd.Function):
     """Losses after adaptation, with the meta-gradient computed in the same pass over each task.
 
-    ``mean``: of the losses over tasks, and then gradients are summed over tasks in the engine. A gradient by what
-    all tasks share is not known for a loss a task before their cotangents are: without ``mean`` the parameters'
-    gradient is kept a task each.
+    ``mean``: of the losses over tasks, and gradients of that mean come from the engine. A gradient by what all tasks
+    share is not known for a loss a task before their cotangents are: without ``mean`` the parameters' gradient is kept
+    a task each.
     """
 
     @staticmethod
-    def forward(ctx, call: Compiled, again: Callable, tasks: Tensor, options: tuple, *inputs):
-        """tasks: how many, as a tensor, by which dividing is faster than by a number.
-
-        inputs: lr, then x, y and weights (or None) of the support set and of the query set, then parameters.
-        """
-        _, _, mean = options
-        wanted = ctx.needs_input_grad[4 : 4 + _META_DATA]
+    def forward(ctx, call: Compiled, again: Callable, options: tuple, *inputs):
+        """inputs: lr, then x, y and weights (or None) of the support set and of the query set, then parameters."""
+        data, parameters = inputs[:_META_DATA], inputs[_META_DATA:]
+        wanted = ctx.needs_input_grad[3 : 3 + _META_DATA]
         with torch._C._AutoDispatchBelowAutograd():
-            theta = _flatten_dense_tensors(inputs[_META_DATA:])
-            loss, to_theta, *found = _ops.meta.default(*call.arguments(theta), *inputs[:_META_DATA], *options, wanted)
-            ctx.again, ctx.tasks = again, tasks if mean else None
-            ctx.save_for_backward(*inputs, to_theta, *itertools.compress(found, wanted))
-            return loss.mean() if mean else loss
+            loss, *gradients = _ops.meta.default(*call.arguments(parameters), *data, *options, wanted)
+        ctx.again = again
+        ctx.save_for_backward(*inputs, *gradients)
+        return loss
 
     @staticmethod
     def backward(ctx, cotangent):
-        none, needed = (None,) * 4, ctx.needs_input_grad[4:]
+        none, needed = (None,) * 3, ctx.needs_input_grad[3:]
         saved = ctx.saved_tensors
         inputs, to_theta, kept = saved[: len(needed)], saved[len(needed)], iter(saved[len(needed) + 1 :])
         if torch.is_grad_enabled():
             return *none, *_recorded(ctx.again, inputs, needed, (cotangent,))
-        if ctx.tasks is not None:
-            cotangent = cotangent / ctx.tasks
-            flat = cotangent * to_theta
-        else:
-            flat = cotangent @ to_theta
+        flat = cotangent @ to_theta if cotangent.dim() else cotangent * to_theta
         to_data = [engine.scaled(cotangent, next(kept)) if wish else None for wish in needed[:_META_DATA]]
         return *none, *to_data, *_unflatten_dense_tensors(flat, inputs[_META_DATA:])
 

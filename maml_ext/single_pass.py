@@ -21,7 +21,6 @@ from .stateless import Layout
 @dataclass(eq=False)
 class _Ready:
     call: compiled.Compiled
-    tasks: Tensor
     sizes: list[int]
     parameters: list[Tensor]
     rate: float | None = None
@@ -75,7 +74,7 @@ def meta_losses(maml, data: tuple, steps: int) -> Tensor | None:
     again = _again(module, loss, steps, maml.meta_gradient, mean)
     inputs = rows, *tensors, *found.parameters
     try:
-        return compiled.Meta.apply(found.call, again, found.tasks, (steps, first_order, mean), *inputs)
+        return compiled.Meta.apply(found.call, again, (steps, first_order, mean), *inputs)
     except RuntimeError:
         functional.check_labels(found.call, "support_y", *tensors[:2])
         functional.check_labels(found.call, "query_y", *tensors[3:5])
@@ -112,7 +111,7 @@ def _prepare(maml, loss: losses.Loss, data: tuple) -> _Ready | None:
         return None
     if not all(isinstance(call, compiled.Compiled) for call in calls) or calls[0].program != calls[1].program:
         return None
-    return _Ready(calls[0], theta.new_tensor(len(support_x)), layout.sizes, list(layout.parameters.values()))
+    return _Ready(calls[0], layout.sizes, list(layout.parameters.values()))
 
 
 def _again(module: nn.Module, loss: losses.Loss, steps: int, meta_gradient: str, mean: bool) -> Callable:

@@ -67,7 +67,7 @@ def calls() -> dict[str, tuple]:
         "score_tangent": (*network, x, y, None, direction, None, None, None, [1, 1, 0]),
         "adapt": (*network, lr, x, y, None, 2),
         "adjoint": (*network, lr, x, y, None, [theta], [direction, direction], [0, 1], False, [1, 1, 1, 0]),
-        "meta": (*network, lr, x, y, None, x, y, None, 2, False, False, [1, 1, 1, 0, 1, 1, 0]),
+        "meta": (*network[:3], [network[3]], lr, x, y, None, x, y, None, 2, False, False, [1, 1, 1, 0, 1, 1, 0]),
     }
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Batch, relative_error, require_grad, weighted_sum
 from test_engine import LOSSES, Wrapped, assert_close, float32_errors, mlp, results
+from test_meta_operator import check_means, check_parts
 from torch import nn
 
 import maml_ext
@@ -297,12 +298,20 @@ def test_tied_weights():
     assert_close(results(module, batch, "compiled"), results(module, batch, "torch"))
 
 
+def test_means_over_tasks():
+    check_means(torch.ops.maml_ext_emulated.meta)
+
+
+def test_theta_in_parts():
+    check_parts(torch.ops.maml_ext_emulated.meta)
+
+
 def test_zero_tasks_and_no_layers():
     nothing = [1, 0, 0, 3, 1, 1, 0, 0, 0, -1, 0], [0.0, 0.0], None, torch.zeros(0, dtype=torch.float64)
     x, y = torch.randn(2, 2, 5, 3, dtype=torch.float64).unbind()
-    loss, _, to_x, _, _ = torch.ops.maml_ext_emulated.score(*nothing, x, y, None, [1, 1, 0, 0])
+    loss, _, to_x = torch.ops.maml_ext_emulated.score(*nothing, x, y, None, [1, 1, 0, 0])
     none = torch.ops.maml_ext_emulated.score(*nothing, x[:0], y[:0], None, [1, 1, 0, 0])
-    assert [r.shape[0] for r in none[:3]] == [0, 0, 0]
+    assert [r.shape[0] for r in none] == [0, 0, 0]
     assert_close([loss, to_x], [(x - y).square().mean((1, 2)), 2 * (x - y) / 15])
 
 

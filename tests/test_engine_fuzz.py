@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from maml_ext.ops import library
+from maml_ext.ops.engine import meta_results, placed
 from maml_ext.program import ABSENT, LAYER_INTS, VERSION, Activation, Kind, LossKind, Statistics
 
 pytestmark = pytest.mark.skipif(library.ABSENT is not None, reason="needs the compiled engine")
@@ -147,15 +148,16 @@ ARGUMENTS = {
     "adjoint": "lr support_x support_y support_weight trajectory cotangents at first_order wanted4",
     "meta": "lr support_x support_y support_weight query_x query_y query_weight steps first_order reduce wanted7",
 }
-SUMMED = {"adjoint": (1,), "meta": (2,)}  # results that are sums over tasks
+RATES = {"adjoint": 1, "meta": 2}  # where the gradient of rates is among all results, which is a sum over tasks
 
 
 class Problem:
     """Arguments for every operator, by their names in ``ARGUMENTS``."""
 
-    def __init__(self, random, tasks=2, dtype=None, writer=Writer, operators=torch.ops.maml_ext):
+    def __init__(self, random, tasks=2, dtype=None, writer=Writer, operators=torch.ops.maml_ext, parts=False):
         writer = writer(random)
         self.writer, self.random, self.operators = writer, random, operators
+        self.parts = parts and random.random() < 0.5  # of theta, as `meta` takes it
         self.dtype = dtype or random.choice([torch.float32, torch.float64])
         generator = torch.Generator().manual_seed(random.randint(0, 2**31))
         normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)  # noqa: E731
@@ -195,18 +197,36 @@ class Problem:
 
     def arguments(self, name, **changed) -> dict:
         names = ["program", "numbers", "constants", "theta", *ARGUMENTS[name].split()]
-        return {n: {**self.given, **changed}[n] for n in names}
+        found = {n: {**self.given, **changed}[n] for n in names}
+        if name == "meta" and self.parts and found["theta"].dim() == 1:
+            found["theta"] = in_parts(self.random, found["theta"])
+        return found
 
     def __call__(self, name, **changed) -> list[Tensor]:
         return run(name, self.arguments(name, **changed), self.operators)
 
 
 def run(name, arguments, operators=torch.ops.maml_ext) -> list[Tensor]:
+    if name == "meta" and isinstance(arguments["theta"], Tensor):
+        arguments = arguments | {"theta": [arguments["theta"]]}
     return getattr(operators, name)(*arguments.values())
 
 
+def summed(name, arguments) -> tuple[int, ...]:
+    """Results that are sums over tasks."""
+    wanted = arguments["wanted7" if name == "meta" else "wanted4"] if name in RATES else [0]
+    return (RATES[name],) if wanted[0] else ()
+
+
+def in_parts(random, theta: Tensor) -> list[Tensor]:
+    """The same numbers in several tensors, or in one of another shape."""
+    ends = [0, *sorted(random.randint(0, len(theta)) for _ in range(random.randint(0, 3))), len(theta)]
+    parts = [theta[a:b] for a, b in zip(ends, ends[1:])]
+    return [p.view(*random.choice([(-1,), (1, -1), (-1, 1)])) if len(p) else p for p in parts]
+
+
 NAMES = r"program|numbers|constants|theta\w*|lr|steps|at|wanted|prediction|reduce|trajectory|cotangents?|\w*[xy](_t)?"
-NAMED = re.compile(rf"^(maml_ext::|.*\b({NAMES}|\w*weight\w*): )", re.DOTALL)
+NAMED = re.compile(rf"^(maml_ext\w*::|.*\b({NAMES}|\w*weight\w*): )", re.DOTALL)
 NO_MEMORY = re.compile("memory|overflow|[Ss]torage")
 
 
@@ -275,18 +295,18 @@ def test_any_program_has_the_derivatives_of_its_values(random):
     at |= {n: p.given[n] for n in names}
     along = direction(*at)
     loss, *gradients = p("score", wanted4=[1] * 4)
-    gradients = [g for g in gradients if g.numel() or not p.writer.parameters and g is gradients[0]]
+    assert len(gradients) == len(along)
     assert agrees(lambda **at: p("score", **at, wanted4=[0] * 4)[0], dot(gradients, along), at, along)
     named = {"theta_t": along["theta"], "x_t": along["query_x"], "y_t": along.get("query_y")}
     tangents = p("score_tangent", **named, weight_t=along.get("query_weight"), wanted3=[1] * 3)
     for i, gradient in enumerate(tangents):
-        if gradient.numel():
-            assert agrees(lambda i=i, **at: p("score", **at, wanted4=[1] * 4)[1 + i], gradient, at, along)
+        assert agrees(lambda i=i, **at: p("score", **at, wanted4=[1] * 4)[1 + i], gradient, at, along)
 
     exact = {"first_order": False, "reduce": False, "wanted7": [1] * 7}
     at = {n: p.given[n] for n in ("theta", "support_x", "query_x")}
     along = direction(*at)
-    losses, to_theta, to_lr, to_x, _, _, to_query, *_ = together = p("meta", **exact)
+    flags = meta_results(*[*p.arguments("meta", **exact).values()][4:])
+    losses, to_theta, to_lr, to_x, _, _, to_query, *_ = placed(flags, together := p("meta", **exact))
     value = lambda **at: p("meta", **exact, **at)[0]  # noqa: E731
     assert agrees(value, dot([to_theta, to_x, to_query], along), at, along)
     rates = torch.randn_like(p.given["lr"])
@@ -319,9 +339,8 @@ def shown_otherwise(random, t: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ARGUMENTS)
 @fuzz(40)
 def test_how_tensors_lie_in_memory_does_not_matter(name, random):
-    arguments = pytree.tree_map(
-        lambda t: shown_otherwise(random, t) if isinstance(t, Tensor) else t, Problem(random).arguments(name)
-    )
+    arguments = Problem(random, parts=True).arguments(name)
+    arguments = pytree.tree_map_only(Tensor, lambda t: shown_otherwise(random, t), arguments)
     tensors = [n for n, t in arguments.items() if isinstance(t, Tensor)]
     for n in tensors:
         form = lambda n: (arguments[n].shape, arguments[n].dtype)  # noqa: E731
@@ -359,7 +378,7 @@ def test_nan_reaches_its_task_and_no_other(name, random):
         )
         return
     for i, (f, e) in enumerate(zip(found, expected, strict=True)):
-        if f.numel() and i not in SUMMED.get(name, ()):
+        if i not in summed(name, arguments):
             assert same([f[1]], [e[1]])
 
 
@@ -418,7 +437,7 @@ def bend(random, arguments) -> None:
         value = random.choice(ODD)
     elif name == "numbers":
         value = bent_list(random, value, lambda _: random.choice([0.0, -1.0, math.nan, math.inf, 1e300, -1e-300]))
-    elif name in ("trajectory", "cotangents"):
+    elif name in ("trajectory", "cotangents", "theta"):
         value = bent_list(random, value, lambda t: bent_tensor(random, t) if isinstance(t, Tensor) else t)
         value = [v for v in value if isinstance(v, Tensor)]
     else:
@@ -446,7 +465,7 @@ def repaired(text, arguments) -> bool:
 @pytest.mark.parametrize("name", ARGUMENTS)
 @fuzz(120)
 def test_bent_arguments_raise_or_give_an_answer(name, random):
-    arguments = Problem(random, tasks=random.choice([0, 1, 2, 3])).arguments(name)
+    arguments = Problem(random, tasks=random.choice([0, 1, 2, 3]), parts=True).arguments(name)
     for _ in range(random.choice([1, 1, 1, 2, 3])):
         bend(random, arguments)
     found = outcome(name, arguments)

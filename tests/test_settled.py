@@ -67,7 +67,7 @@ def example(name):
         "score_tangent": (*shared, x, y, torch.rand(2, 5), step, *map(torch.randn_like, (x, y)), None, [1, 1, 1]),
         "adapt": (*shared, lr, x, y, torch.rand(2, 5), 2),
         "adjoint": (*shared, lr, x, y, None, [step], [step, step], [0, 1], False, [1, 1, 1, 0]),
-        "meta": (*shared, lr, x, y, None, x, y, None, 2, False, False, [0, 1, 1, 0, 1, 1, 0]),
+        "meta": (*shared[:3], [theta], lr, x, y, None, x, y, None, 2, False, False, [0, 1, 1, 0, 1, 1, 0]),
         "sgd_update": (rows, [torch.randn_like(r) for r in rows], [torch.randn(()), torch.randn(2)], []),
         "sgd_update_backward": (
             rows,

@@ -19,6 +19,7 @@ from test_cuda_engine import (
     check_losses,
 )
 from test_engine import LOSSES, NETWORKS, SMOOTH, assert_close, float32_errors, made, problem, results
+from test_meta_operator import check_means, check_parts
 from torch import nn
 from triton_tools import Operators, device, needs_triton
 
@@ -233,23 +234,32 @@ def test_running_statistics_and_frozen_layers_are_read_anew():
 
 
 def run(name, program, numbers, constants, theta, *rest):
+    theta = [theta] if name == "meta" else theta
     return getattr(torch.ops.maml_ext, f"triton_{name}")(program, numbers, constants, theta, *rest)
+
+
+def test_means_over_tasks():
+    check_means(torch.ops.maml_ext.triton_meta, device)
+
+
+def test_theta_in_parts():
+    check_parts(torch.ops.maml_ext.triton_meta, device)
 
 
 def test_no_layers_no_parameters_and_no_tasks():
     """The prediction is the input; of nothing to learn there is a gradient of no elements, whatever the rates."""
     nothing = [1, 0, 0, 3, 1, 1, 0, 0, 0, -1, 0], [0.0, 0.0], None, torch.zeros(0, **double)
     x, y = torch.randn(2, 2, 5, 3, **double).unbind()
-    loss, to_theta, to_x, to_y, _ = run("score", *nothing, x, y, None, [1, 1, 1, 0])
+    loss, to_theta, to_x, to_y = run("score", *nothing, x, y, None, [1, 1, 1, 0])
     assert_close([loss, to_x, to_y], [(x - y).square().mean((1, 2)), 2 * (x - y) / 15, 2 * (y - x) / 15])
     assert to_theta.shape == (2, 0)
     assert torch.equal(run("predict", *nothing, x, [3])[0], x)
     for width in (0, 1):
         lr = torch.ones(1, width, **double)
-        loss, _, to_lr, to_support, *_ = run(
+        loss, _, to_lr, to_support = run(
             "meta", *nothing, lr, x, y, None, x, y, None, 2, False, True, [1, 1, 0, 0, 0, 0, 0]
         )
-        assert_close([loss], [(x - y).square().mean((1, 2))])
+        assert_close([loss], [(x - y).square().mean()])
         assert to_lr.shape == lr.shape and not to_lr.any() and not to_support.any()
     assert [r.shape[0] for r in run("score", *nothing, x[:0], y[:0], None, [1, 1, 0, 0])[:3]] == [0, 0, 0]
 

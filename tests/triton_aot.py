@@ -229,7 +229,7 @@ def meta_gradient(module: nn.Module, loss, sets: list, *, rates=1, wanted=0, pre
     layout = Layout(module)
     theta = layout.flatten().detach()
     call = compiled.choose(module, layout, theta, *sets[0][:2], loss, "compiled")
-    program, *rest = call.arguments(theta)
+    program, *rest = call.arguments([theta])
     program[-1] = precision
     lr = theta.new_zeros(1, rates)
     torch.ops.maml_ext.triton_meta(program, *rest, lr, *sets[0], *sets[1], 2, False, True, [wanted] * 7)

@@ -13,6 +13,7 @@ void split(int64_t count, int64_t grain, void* context, void (*run)(void*, int64
 struct Cpu {
   static constexpr const char* name = "the CPU";
   static constexpr bool kReadable = true;
+  static constexpr bool kComputes = true;
   static bool holds(const Tensor& t) { return t.is_cpu(); }
   static int64_t lanes(int64_t bytes) { return e::engine_for_this_machine().vector_bytes / bytes; }
 

@@ -11,6 +11,7 @@ namespace {
 struct Cuda {
   static constexpr const char* name = "a CUDA device";
   static constexpr bool kReadable = false;
+  static constexpr bool kComputes = true;
   static bool holds(const Tensor& t) { return t.is_cuda(); }
   static int64_t lanes(int64_t) { return 1; }
 

@@ -10,6 +10,7 @@ namespace {
 struct Anywhere {
   static constexpr const char* name = "a device";
   static constexpr bool kReadable = false;
+  static constexpr bool kComputes = false;
   static bool holds(const Tensor& t) { return t.is_cuda() || t.is_cpu(); }
   static int64_t lanes(int64_t) { return 1; }
 

@@ -4,6 +4,7 @@
 //   holds(tensor)            whether the tensor is there
 //   lanes(bytes)             for which vectors of numbers of so many bytes a program is laid out
 //   kReadable                whether the host can look at data: only then labels and weights are checked
+//   kComputes                whether `run` writes results; they stay zeros where it does not
 //   run(call, like)          `like` is a tensor there, for the engine's own memory
 #pragma once
 
@@ -13,6 +14,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -49,6 +51,14 @@ void check_tensor(const std::string& name, const Tensor& t) {
   STD_TORCH_CHECK(Device::holds(t), name, ": expected a tensor on ", Device::name);
 }
 
+// An operator of torch for which its stable headers have no function.
+template <class... Arguments>
+Tensor call_torch(const char* name, const char* overload, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // Samples and targets as an operator gets them; its arguments are called prefix + "x" and so on.
 struct Set {
   std::string prefix;
@@ -64,7 +74,7 @@ struct Request {
   e::Call<T> call{};
   std::shared_ptr<const e::Network> net;
   Tensor theta;
-  Tensors kept;
+  Tensors kept, results;
   std::vector<const T*> inputs;
   std::vector<T*> outputs;
 
@@ -137,6 +147,33 @@ struct Request {
     return pointer(name, t, elements(name, {shared ? 1 : call.tasks, net->parameters}));
   }
 
+  // theta as `meta` gets it: one tensor [P] or [T, P], or the parameters in their order, of which a copy is made.
+  void assemble(const Tensors& parts) {
+    int64_t count = 0;
+    for (const Tensor& part : parts) {
+      check_tensor<Device>("theta", part);
+      STD_TORCH_CHECK(part.scalar_type() == theta.scalar_type(), "theta: expected tensors of one dtype");
+      STD_TORCH_CHECK(part.get_device_index() == theta.get_device_index(), "theta: expected tensors on one device");
+      STD_TORCH_CHECK(!__builtin_add_overflow(count, part.numel(), &count), "theta: too large");
+    }
+    if (parts.size() == 1 && (theta.dim() == 1 || count != net->parameters)) return;
+    STD_TORCH_CHECK(count == net->parameters, "theta: expected ", net->parameters, " elements, got ", count);
+    if (!Device::kReadable && Device::kComputes) {
+      Tensors flat;
+      for (const Tensor& part : parts) flat.push_back(torch::stable::reshape(part, {-1}));
+      theta = call_torch("aten::cat", "", flat, int64_t(0));
+      return;
+    }
+    theta = torch::stable::new_empty(theta, {count});
+    if constexpr (Device::kReadable) {
+      T* to = theta.template mutable_data_ptr<T>();
+      for (const Tensor& part : parts) {
+        const Tensor flat = part.is_contiguous() ? part : torch::stable::contiguous(part);
+        to = std::copy_n(flat.template const_data_ptr<T>(), part.numel(), to);
+      }
+    }
+  }
+
   // What every call has: samples and parameters; and where there is a loss, targets and their weights.
   void inputs_of(const Tensor& x) {
     samples("x", x, call.query);
@@ -168,27 +205,24 @@ struct Request {
     call.rates = pointer("lr", lr, lr.numel());
   }
 
-  // A result, of zeros; where it is not wanted, no elements.
-  Tensor result(bool wanted, const Ints& sizes, T*& to) {
+  // Adds a result, of zeros.
+  void add(const Ints& sizes, T*& to) {
     using torch::stable::new_empty, torch::stable::new_zeros;
-    if (!wanted) return new_empty(theta, {0});
-    const Tensor t = Device::kReadable ? new_empty(theta, sizes) : new_zeros(theta, sizes);
-    to = t.template mutable_data_ptr<T>();
-    if (Device::kReadable) std::fill_n(to, t.numel(), T(0));
-    return t;
+    results.push_back(Device::kReadable ? new_empty(theta, sizes) : new_zeros(theta, sizes));
+    to = results.back().template mutable_data_ptr<T>();
+    if (Device::kReadable) std::fill_n(to, results.back().numel(), T(0));
   }
-  Tensor result(bool wanted, const Tensor& shape_of, T*& to) {
-    const auto sizes = shape_of.sizes();
-    return result(wanted, Ints(sizes.begin(), sizes.end()), to);
+  void add_like(const Tensor& t, T*& to) {
+    const auto sizes = t.sizes();
+    add(Ints(sizes.begin(), sizes.end()), to);
   }
-  Tensor of_each_task(T*& to) { return result(true, Ints{call.tasks}, to); }
-  Tensor of_parameters(bool wanted, T*& to) { return result(wanted, Ints{call.tasks, net->parameters}, to); }
+  void add_of_parameters(T*& to) { add({call.tasks, net->parameters}, to); }
 
-  // The gradients by x, y and weight; `wanted` are their three flags.
-  void add_gradients(Tensors& results, const int64_t* wanted, const Set& set, e::Data<T>& data) {
-    results.push_back(result(wanted[0], set.x, data.to_x));
-    results.push_back(result(wanted[1] && data.y, set.y, data.to_y));
-    results.push_back(result(wanted[2] && set.weight, Ints{call.tasks, data.samples}, data.to_weight));
+  // The gradients by x, y and weight that there are; `wanted` are their three flags.
+  void add_gradients(const int64_t* wanted, const Set& set, e::Data<T>& data) {
+    if (wanted[0]) add_like(set.x, data.to_x);
+    if (wanted[1] && net->loss.kind != e::kLabels) add_like(set.y, data.to_y);
+    if (wanted[2] && set.weight) add({call.tasks, data.samples}, data.to_weight);
   }
 
   // Samples of weight 0 are left out, and some have to be left.
@@ -210,13 +244,36 @@ struct Request {
                       "gradients by weights are wanted");
   }
 
-  Tensors run(Tensors results) {
+  Tensors run() {
     if (call.tasks == 0) return results;
     if (Device::kReadable) {
       check_weights(call.support);
       check_weights(call.query);
     }
     Device::run(call, theta);
+    return results;
+  }
+
+  // Losses, and gradients of their sum, become the mean and its gradients. Of no tasks that is NaN, and zeros.
+  Tensors average() {
+    if constexpr (Device::kReadable) {
+      const T* const losses = call.loss;
+      double sum = 0;
+      for (int64_t t = 0; t < call.tasks; t++) sum += losses[t];
+      results[0] = torch::stable::new_empty(theta, {});
+      *results[0].template mutable_data_ptr<T>() = T(sum / double(call.tasks));
+      for (size_t i = 1; i < results.size(); i++) {
+        T* const gradient = results[i].template mutable_data_ptr<T>();
+        const int64_t count = call.tasks ? results[i].numel() : 0;
+        for (int64_t k = 0; k < count; k++) gradient[k] /= T(call.tasks);
+      }
+    } else {
+      results[0] = torch::stable::sum(results[0]);
+      if (!Device::kComputes && call.tasks) return results;
+      const Tensor divisor = torch::stable::full({}, double(call.tasks), theta.scalar_type());
+      const size_t divided = call.tasks ? results.size() : 1;
+      for (size_t i = 0; i < divided; i++) results[i] = call_torch("aten::div_", "Tensor", results[i], divisor);
+    }
     return results;
   }
 };
@@ -249,7 +306,8 @@ struct Operators {
       }
       STD_TORCH_CHECK(count == expected, "prediction: expected a shape of ", expected, " elements, got ",
                       count);
-      return r.run({r.result(true, sizes, r.call.prediction)});
+      r.add(sizes, r.call.prediction);
+      return r.run();
     });
   }
 
@@ -260,7 +318,9 @@ struct Operators {
       Request<Device, decltype(zero)> r(e::kPull, program, numbers, constants, theta, wanted[1]);
       r.inputs_of(x);
       r.call.cotangent = r.predictions("cotangent", cotangent, r.call.query);
-      return r.run({r.of_parameters(wanted[0], r.call.to_theta), r.result(wanted[1], x, r.call.query.to_x)});
+      if (wanted[0]) r.add_of_parameters(r.call.to_theta);
+      if (wanted[1]) r.add_like(x, r.call.query.to_x);
+      return r.run();
     });
   }
 
@@ -272,8 +332,10 @@ struct Operators {
       r.call.cotangent = r.predictions("cotangent", cotangent, r.call.query);
       if (theta_t) r.call.theta_t = r.parameters("theta_t", *theta_t, r.call.shared_t);
       if (x_t) r.call.query.x_t = r.pointer("x_t", *x_t, x.numel());
-      return r.run({r.result(true, cotangent, r.call.prediction), r.of_parameters(true, r.call.to_theta),
-                    r.result(true, x, r.call.query.to_x)});
+      r.add_like(cotangent, r.call.prediction);
+      r.add_of_parameters(r.call.to_theta);
+      r.add_like(x, r.call.query.to_x);
+      return r.run();
     });
   }
 
@@ -284,9 +346,10 @@ struct Operators {
       Request<Device, decltype(zero)> r(e::kScore, program, numbers, constants, theta, wanted[1]);
       const Set set{"", x, y, weight};
       r.problem(set, r.call.query);
-      Tensors results{r.of_each_task(r.call.loss), r.of_parameters(wanted[0], r.call.to_theta)};
-      r.add_gradients(results, &wanted[1], set, r.call.query);
-      return r.run(results);
+      r.add({r.call.tasks}, r.call.loss);
+      if (wanted[0]) r.add_of_parameters(r.call.to_theta);
+      r.add_gradients(&wanted[1], set, r.call.query);
+      return r.run();
     });
   }
 
@@ -304,9 +367,9 @@ struct Operators {
       if (x_t) data.x_t = r.pointer("x_t", *x_t, x.numel());
       if (y_t) data.y_t = r.predictions("y_t", *y_t, data);
       if (weight_t) data.weight_t = r.weights("weight_t", *weight_t, data);
-      Tensors results{r.of_parameters(true, r.call.to_theta)};
-      r.add_gradients(results, &wanted[0], set, data);
-      return r.run(results);
+      r.add_of_parameters(r.call.to_theta);
+      r.add_gradients(&wanted[0], set, data);
+      return r.run();
     });
   }
 
@@ -316,11 +379,10 @@ struct Operators {
       Request<Device, decltype(zero)> r(e::kAdapt, program, numbers, constants, theta, false);
       r.problem({"", x, y, weight}, r.call.support);
       r.rates(lr, steps);
-      Tensors results;
       r.outputs.resize(steps);
-      for (auto& to : r.outputs) results.push_back(r.of_parameters(true, to));
+      for (auto& to : r.outputs) r.add_of_parameters(to);
       r.call.to_trajectory = r.outputs.data();
-      return r.run(results);
+      return r.run();
     });
   }
 
@@ -348,32 +410,39 @@ struct Operators {
       }
       r.call.trajectory = r.inputs.data();
       r.call.cotangents = r.inputs.data() + steps - 1;
-      Tensors results{r.of_parameters(true, r.call.to_theta), r.result(wanted[0], lr, r.call.to_rates)};
-      r.add_gradients(results, &wanted[1], set, r.call.support);
-      return r.run(results);
+      r.add_of_parameters(r.call.to_theta);
+      if (wanted[0]) r.add_like(lr, r.call.to_rates);
+      r.add_gradients(&wanted[1], set, r.call.support);
+      return r.run();
     });
   }
 
-  static Tensors meta(Ints program, Numbers numbers, Maybe constants, Tensor theta, Tensor lr, Tensor support_x,
+  static Tensors meta(Ints program, Numbers numbers, Maybe constants, Tensors theta, Tensor lr, Tensor support_x,
                Tensor support_y, Maybe support_weight, Tensor query_x, Tensor query_y, Maybe query_weight,
                int64_t steps, bool first_order, bool reduce, Ints wanted) {
     check_wanted(wanted, 7);
-    return dispatch(theta, [&](auto zero) {
-      Request<Device, decltype(zero)> r(e::kMeta, program, numbers, constants, theta, wanted[1] || wanted[4]);
+    STD_TORCH_CHECK(!theta.empty(), "theta: expected a tensor at least");
+    return dispatch(theta[0], [&](auto zero) {
+      Request<Device, decltype(zero)> r(e::kMeta, program, numbers, constants, theta[0], wanted[1] || wanted[4]);
+      r.assemble(theta);
       const Set support{"support_", support_x, support_y, support_weight};
       const Set query{"query_", query_x, query_y, query_weight};
       r.problem(support, r.call.support);
       r.problem(query, r.call.query);
       r.rates(lr, steps);
-      STD_TORCH_CHECK(!reduce || r.call.shared, "reduce: expected theta [P], which all tasks share");
+      STD_TORCH_CHECK(!reduce || r.call.shared, "reduce: expected theta [P] or its parts, which all tasks share");
       r.call.first_order = first_order;
       r.call.reduce = reduce;
-      Tensors results{r.of_each_task(r.call.loss),
-                      reduce ? r.result(true, theta, r.call.to_theta) : r.of_parameters(true, r.call.to_theta),
-                      r.result(wanted[0], lr, r.call.to_rates)};
-      r.add_gradients(results, &wanted[1], support, r.call.support);
-      r.add_gradients(results, &wanted[4], query, r.call.query);
-      return r.run(results);
+      r.add({r.call.tasks}, r.call.loss);
+      if (reduce)
+        r.add_like(r.theta, r.call.to_theta);
+      else
+        r.add_of_parameters(r.call.to_theta);
+      if (wanted[0]) r.add_like(lr, r.call.to_rates);
+      r.add_gradients(&wanted[1], support, r.call.support);
+      r.add_gradients(&wanted[4], query, r.call.query);
+      r.run();
+      return reduce ? r.average() : r.results;
     });
   }
 

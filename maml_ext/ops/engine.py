@@ -2,8 +2,9 @@
 
 Every operator takes a network program (``maml_ext.recognise`` says what its integers and numbers mean), the
 constants it refers to, parameters ``theta`` (``[P]`` or ``[T, P]``) and data of all tasks (``[T, N, ...]``), and
-returns a list of tensors; what was not wanted has no elements. Gradients for shared parameters come a task each,
-``[T, P]``. With L the loss of a task and f its prediction:
+returns a list of tensors: what is listed below in its order, without what is not ``wanted`` and what has no gradient
+(labels, weights that are not given). Gradients for shared parameters come a task each, ``[T, P]``. With L the loss of a
+task and f its prediction:
 
     predict        f
     pull           gradients of <cotangent, f> by theta and x
@@ -12,17 +13,23 @@ returns a list of tensors; what was not wanted has no elements. Gradients for sh
     score_tangent  derivative of those gradients along (theta_t, x_t, y_t, weight_t): Hessian-vector products
     adapt          theta_1 .. theta_K
     adjoint        the adjoint recursion from cotangents of the theta_{k+1} numbered by `at`
-    meta           adapt, score and adjoint in one: losses and meta-gradients
+    meta           adapt, score and adjoint in one: losses; meta-gradients by theta, lr, support and query
+
+``meta`` takes theta as a list: one tensor ``[P]`` or ``[T, P]``, or several (or one of another shape) whose elements
+in their order are the P that all tasks share. With ``reduce``, which is for shared parameters, it returns the mean of
+the losses over tasks, ``[]``, and gradients of that mean, theta's ``[P]``; of no tasks that is NaN, and zeros. Without,
+losses and theta's gradient come a task each, and that of lr is of the losses' sum.
 
 They are differentiable as far as the list reaches and raise beyond; ``maml_ext.compiled`` goes on from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from . import cuda, library
 
@@ -31,7 +38,7 @@ library.declare("cuda_misfit(int[] program, float[] numbers, int element_size, i
 library.declare("record(bool on) -> ()")
 library.declare("recorded(Tensor like) -> Tensor")
 
-_PROGRAM = "int[] program, float[] numbers, Tensor? constants, Tensor theta"
+_PROGRAM = "int[] program, float[] numbers, Tensor? constants"
 
 
 def _needs(*tensors) -> list[int]:
@@ -43,8 +50,16 @@ def like_theta(gradient: Tensor, theta: Tensor) -> Tensor:
     return gradient.sum(0) if theta.dim() == 1 else gradient
 
 
-def _present(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None or gradient.numel() == 0 else gradient
+def existing(wanted: Sequence[int], y: Tensor, weight: Tensor | None) -> list[bool]:
+    """Which gradients by x, y and weight are returned, where these are wanted."""
+    to_x, to_y, to_weight = wanted
+    return [bool(to_x), bool(to_y) and y.is_floating_point(), bool(to_weight) and weight is not None]
+
+
+def placed(flags: Iterable, found: Iterable) -> list:
+    """What an operator returned, each in its place; None for what it left out."""
+    found = iter(found)
+    return [next(found) if flag else None for flag in flags]
 
 
 def scaled(scale: Tensor, gradient: Tensor) -> Tensor:
@@ -59,7 +74,8 @@ def _total(*terms: Tensor | None) -> Tensor | None:
 class _Rule(torch.autograd.Function):
     """An operator as a Function: ``apply(operator, rule, arguments)`` of which some are tensors that need gradients.
 
-    ``rule(arguments, outputs, cotangents)`` returns a dict from number of the argument to its gradient.
+    ``rule(arguments, outputs, cotangents)`` returns a dict from number of the argument to its gradient, a list of them
+    for a list.
     """
 
     @staticmethod
@@ -71,8 +87,6 @@ class _Rule(torch.autograd.Function):
         ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(leaf if isinstance(leaf, Tensor) else None for leaf in leaves), *outputs)
-        empty = [o for o in outputs if o.numel() == 0]
-        ctx.mark_non_differentiable(*empty)
         return tuple(outputs)
 
     @staticmethod
@@ -81,13 +95,14 @@ class _Rule(torch.autograd.Function):
         saved = ctx.saved_tensors
         leaves = [s if o is None else o for s, o in zip(saved, ctx.others)]
         arguments = torch.utils._pytree.tree_unflatten(leaves, ctx.spec)
-        cotangents = [_present(c) for c in cotangents]
         gradients = ctx.rule(arguments, saved[n:], cotangents) if any(c is not None for c in cotangents) else {}
         places = torch.utils._pytree.tree_unflatten(list(range(n)), ctx.spec)
         result = [None] * n
         for i, gradient in gradients.items():
-            if isinstance(places[i], int) and ctx.needs_input_grad[3 + places[i]]:
-                result[places[i]] = gradient
+            several = isinstance(places[i], list)
+            for place, one in zip(places[i], gradient) if several else [(places[i], gradient)]:
+                if ctx.needs_input_grad[3 + place]:
+                    result[place] = one
         return None, None, None, *result
 
 
@@ -127,12 +142,12 @@ def _loop(name: str) -> Callable:
     return rule
 
 
-def _define(name: str, arguments: str, fake: Callable, rule: Callable) -> None:
+def _define(name: str, arguments: str, fake: Callable, rule: Callable, theta: str = "Tensor theta") -> None:
     def formula(*_):
         why = library.ABSENT or "all tensors must be on one such device"
         raise RuntimeError(f"maml_ext::{name} runs on CPU and CUDA tensors of the compiled package: {why}")
 
-    schema = f"({_PROGRAM}, {arguments}) -> Tensor[]"
+    schema = f"({_PROGRAM}, {theta}, {arguments}) -> Tensor[]"
     library.define(
         f"{name}{schema}",
         formula=formula,
@@ -143,8 +158,8 @@ def _define(name: str, arguments: str, fake: Callable, rule: Callable) -> None:
     cuda.define(name, schema, fake)
 
 
-def _wanted(flag, like: Tensor, *shape) -> Tensor:
-    return like.new_empty(shape if flag else (0,))
+def _fakes(flags: Iterable, like: Tensor, *shapes: Sequence) -> list[Tensor]:
+    return [like.new_empty(shape) for flag, shape in zip(flags, shapes) if flag]
 
 
 # predict, pull, pull_tangent
@@ -157,18 +172,19 @@ def _predict_fake(program, numbers, constants, theta, x, prediction):
 def _predict_rule(arguments, outputs, cotangents):
     program, numbers, constants, theta, x, _ = arguments
     wanted = _needs(theta, x)
-    to_theta, to_x = torch.ops.maml_ext.pull(program, numbers, constants, theta, x, cotangents[0], wanted)
+    found = torch.ops.maml_ext.pull(program, numbers, constants, theta, x, cotangents[0], wanted)
+    to_theta, to_x = placed(wanted, found)
     return {3: like_theta(to_theta, theta) if wanted[0] else None, 4: to_x}
 
 
 def _pull_fake(program, numbers, constants, theta, x, cotangent, wanted):
-    return [_wanted(wanted[0], theta, x.shape[0], theta.shape[-1]), _wanted(wanted[1], x, *x.shape)]
+    return _fakes(wanted, theta, (x.shape[0], theta.shape[-1]), x.shape)
 
 
 def _pull_rule(arguments, outputs, cotangents):
-    program, numbers, constants, theta, x, cotangent, _ = arguments
+    program, numbers, constants, theta, x, cotangent, wanted = arguments
     to_cotangent, to_theta, to_x = torch.ops.maml_ext.pull_tangent(
-        program, numbers, constants, theta, x, cotangent, *cotangents
+        program, numbers, constants, theta, x, cotangent, *placed(wanted, cotangents)
     )
     return {3: like_theta(to_theta, theta), 4: to_x, 5: to_cotangent}
 
@@ -189,42 +205,43 @@ _define(
 # score, score_tangent
 
 
+def _data_fakes(wanted, theta, x, y, weight):
+    return _fakes(existing(wanted, y, weight), theta, x.shape, y.shape, x.shape[:2])
+
+
 def _score_fake(program, numbers, constants, theta, x, y, weight, wanted):
     tasks = x.shape[0]
-    return [
-        theta.new_empty(tasks),
-        _wanted(wanted[0], theta, tasks, theta.shape[-1]),
-        _wanted(wanted[1], x, *x.shape),
-        _wanted(wanted[2] and y.is_floating_point(), theta, *y.shape),
-        _wanted(wanted[3] and weight is not None, theta, *x.shape[:2]),
-    ]
+    of_theta = _fakes([1, wanted[0]], theta, (tasks,), (tasks, theta.shape[-1]))
+    return [*of_theta, *_data_fakes(wanted[1:], theta, x, y, weight)]
 
 
 def _score_rule(arguments, outputs, cotangents):
     program, numbers, constants, theta, x, y, weight, wanted = arguments
-    scale, *directions = cotangents
+    computed = [wanted[0], *existing(wanted[1:], y, weight)]
+    scale, *directions = placed([1, *computed], cotangents)
     places = (3, 4, 5, 6)
     result = dict.fromkeys(places)
     needed = _needs(theta, x, y, weight)
     if scale is not None:
         first = outputs
-        if torch.is_grad_enabled() or any(n and not w for n, w in zip(needed, wanted)):
+        if torch.is_grad_enabled() or any(n and not c for n, c in zip(needed, computed)):
             first = torch.ops.maml_ext.score(program, numbers, constants, theta, x, y, weight, needed)
-        for i, gradient in zip(places, first[1:]):
-            result[i] = None if gradient.numel() == 0 else scaled(scale, gradient)
+            computed = needed
+        for i, gradient in zip(places, placed(computed, first[1:])):
+            result[i] = None if gradient is None else scaled(scale, gradient)
     if any(d is not None for d in directions):
         second = torch.ops.maml_ext.score_tangent(
             program, numbers, constants, theta, x, y, weight, *directions, needed[1:]
         )
-        for i, gradient in zip(places, second):
-            result[i] = _total(result[i], _present(gradient))
+        for i, gradient in zip(places, placed([1, *needed[1:]], second)):
+            result[i] = _total(result[i], gradient)
     if result[3] is not None:
         result[3] = like_theta(result[3], theta)
     return result
 
 
 def _score_tangent_fake(program, numbers, constants, theta, x, y, weight, theta_t, x_t, y_t, weight_t, wanted):
-    return _score_fake(program, numbers, constants, theta, x, y, weight, [1, *wanted])[1:]
+    return [theta.new_empty(x.shape[0], theta.shape[-1]), *_data_fakes(wanted, theta, x, y, weight)]
 
 
 def _score_tangent_rule(arguments, outputs, cotangents):
@@ -232,8 +249,10 @@ def _score_tangent_rule(arguments, outputs, cotangents):
     if any(_needs(*problem[3:])):
         _refuse("score_tangent")(arguments, outputs, cotangents)
     # Linear in its direction, and the Hessian is symmetric.
-    found = torch.ops.maml_ext.score_tangent(*problem, *cotangents, _needs(x_t, y_t, weight_t))
-    result = {7 + i: _present(g) for i, g in enumerate(found)}
+    directions = placed([1, *existing(wanted, *problem[5:])], cotangents)
+    needed = _needs(x_t, y_t, weight_t)
+    found = torch.ops.maml_ext.score_tangent(*problem, *directions, needed)
+    result = dict(zip((7, 8, 9, 10), placed([1, *needed], found)))
     if theta_t is not None and theta_t.dim() == 1:
         result[7] = result[7].sum(0)
     return result
@@ -259,49 +278,54 @@ def _adapt_rule(arguments, outputs, cotangents):
     at = [k for k, c in enumerate(cotangents) if c is not None]
     if not at:
         return {}
-    to_theta, to_lr, to_x, to_y, to_weight = torch.ops.maml_ext.adjoint(
+    needed = _needs(lr, x, y, weight)
+    to_theta, *found = torch.ops.maml_ext.adjoint(
         program, numbers, constants, theta, lr, x, y, weight, list(outputs[:-1]), [cotangents[k] for k in at], at,
-        False, _needs(lr, x, y, weight),
+        False, needed,
     )  # fmt: skip
-    return {3: like_theta(to_theta, theta), 4: to_lr, 5: to_x, 6: to_y, 7: to_weight}
+    return {3: like_theta(to_theta, theta), **dict(zip((4, 5, 6, 7), placed(needed, found)))}
 
 
 def _adjoint_fake(
     program, numbers, constants, theta, lr, x, y, weight, trajectory, cotangents, at, first_order, wanted
 ):
-    score = _score_fake(program, numbers, constants, theta, x, y, weight, [1, *wanted[1:]])
-    return [score[1], _wanted(wanted[0], lr, *lr.shape), *score[2:]]
+    shared = _fakes([1, wanted[0]], theta, (x.shape[0], theta.shape[-1]), lr.shape)
+    return [*shared, *_data_fakes(wanted[1:], theta, x, y, weight)]
 
 
 def _meta_fake(
     program, numbers, constants, theta, lr, support_x, support_y, support_weight, query_x, query_y, query_weight,
     steps, first_order, reduce, wanted,
 ):  # fmt: skip
-    support = _score_fake(program, numbers, constants, theta, support_x, support_y, support_weight, [0, *wanted[1:4]])
-    query = _score_fake(program, numbers, constants, theta, query_x, query_y, query_weight, [1, *wanted[4:]])
-    to_theta = theta.new_empty(theta.shape[-1]) if reduce else query[1]
-    return [query[0], to_theta, _wanted(wanted[0], lr, *lr.shape), *support[2:], *query[2:]]
+    tasks = () if reduce else query_x.shape[:1]
+    shared = _fakes([1, 1, wanted[0]], theta[0], tasks, (*tasks, program[1]), lr.shape)
+    support = _data_fakes(wanted[1:4], theta[0], support_x, support_y, support_weight)
+    return [*shared, *support, *_data_fakes(wanted[4:], theta[0], query_x, query_y, query_weight)]
+
+
+def meta_results(
+    lr, support_x, support_y, support_weight, query_x, query_y, query_weight, steps, first_order, reduce, wanted
+) -> list:  # fmt: skip
+    """Which of its nine results ``meta`` returns, by its arguments behind theta."""
+    support = existing(wanted[1:4], support_y, support_weight)
+    return [True, True, wanted[0], *support, *existing(wanted[4:], query_y, query_weight)]
 
 
 def _meta_rule(arguments, outputs, cotangents):
     """Gradients were computed along with the losses: constants, fit for a backward pass nobody differentiates."""
     if torch.is_grad_enabled() or any(c is not None for c in cotangents[1:]):
         _refuse("meta")(arguments, outputs, cotangents)
-    theta, reduce, wanted = arguments[3], arguments[13], arguments[14]
-    scale = cotangents[0]
-    uniform = bool((scale == scale[0]).all()) if scale.numel() else True
-    if not uniform and (reduce or wanted[0]):
-        raise RuntimeError(
-            "maml_ext::meta: gradients summed over tasks (reduce, or of lr) need the same cotangent for every loss"
-        )
-    result = {}
-    for i, gradient in zip((3, 4, 5, 6, 7, 8, 9, 10), outputs[1:]):
-        if gradient.numel():
-            summed = i == 4 or i == 3 and reduce
-            result[i] = scale[0] * gradient if summed else scaled(scale, gradient)
-    if not reduce:
-        result[3] = like_theta(result[3], theta)
-    return result
+    theta, reduce, scale = arguments[3], arguments[13], cotangents[0]
+    _, to_theta, to_lr, *to_data = placed(meta_results(*arguments[4:]), outputs)
+    if to_lr is not None and not reduce and not (scale == scale[:1]).all():
+        raise RuntimeError("maml_ext::meta: lr's gradient, a sum over tasks, needs the same cotangent for every loss")
+    to_theta = scaled(scale, to_theta)
+    if to_theta.dim() == 2 and to_theta.shape[1] == sum(t.numel() for t in theta):
+        to_theta = to_theta.sum(0)
+    result = {3: _unflatten_dense_tensors(to_theta.reshape(-1), theta)}
+    if to_lr is not None:
+        result[4] = (scale if reduce else scale[:1].sum()) * to_lr
+    return result | {i: scaled(scale, g) for i, g in enumerate(to_data, 5) if g is not None}
 
 
 _define("adapt", "Tensor lr, Tensor x, Tensor y, Tensor? weight, int steps", _adapt_fake, _adapt_rule)
@@ -318,6 +342,7 @@ _define(
     "Tensor? query_weight, int steps, bool first_order, bool reduce, int[] wanted",
     _meta_fake,
     _meta_rule,
+    theta="Tensor[] theta",
 )
 
 

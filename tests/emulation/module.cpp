@@ -13,6 +13,7 @@ int64_t available = 232448;  // of an H100
 struct Emulated {
   static constexpr const char* name = "the CPU";
   static constexpr bool kReadable = false;
+  static constexpr bool kComputes = true;
   static bool holds(const Tensor& t) { return t.is_cpu(); }
   static int64_t lanes(int64_t) { return 1; }
   template <class T>
