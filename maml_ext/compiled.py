@@ -22,6 +22,7 @@ from .fingerprint import Fingerprint
 from .ops import cuda, engine, library
 from .program import ABSENT, Kind, LossKind, Network, Precision
 from .stateless import Layout
+from .tracing import untraced
 
 BACKENDS = ("auto", "compiled", "torch")
 _ops = torch.ops.maml_ext
@@ -86,6 +87,7 @@ class _Known:
 _known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
+@untraced
 def known(module: nn.Module) -> _Known:
     found = _known.get(module)
     if found is None or not found.fingerprint.matches():

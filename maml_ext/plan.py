@@ -17,7 +17,7 @@ from . import losses
 from .per_task import TaskMap
 from .reference import Problem, hvp, task_loss
 from .stateless import Layout, stateless
-from .tracing import first_line
+from .tracing import first_line, untraced
 
 # vmap turns convolutions with weights of their own for each task into grouped ones, which on a CPU cost more than
 # the overhead they save from about this many multiply-adds a task (measured: 4 blocks, 16 to 64 filters, 28 x 28).
@@ -53,6 +53,7 @@ class Plan:
 _plans: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
+@untraced
 def plan(
     module: nn.Module,
     layout: Layout,

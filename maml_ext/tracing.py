@@ -7,10 +7,12 @@ graph, with the reason.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -117,6 +119,21 @@ def at_line(line: str) -> str:
 
 def traced_by_another_tool() -> bool:
     return torch.compiler.is_compiling() or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+
+
+def untraced(function: Callable) -> Callable:
+    """``function``, which torch.compile calls and does not look into.
+
+    For what reads a dictionary by module: torch.compile would watch all of it, other modules too, compile anew when one
+    is added, and fail when one is collected while it reads.
+    """
+    apart = torch._disable_dynamo(function)  # imports torch's compiler, but at its first call
+
+    @functools.wraps(function)
+    def call(*arguments):
+        return apart(*arguments) if torch.compiler.is_dynamo_compiling() else function(*arguments)
+
+    return call
 
 
 def trace(module: nn.Module) -> torch.fx.Graph:

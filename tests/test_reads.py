@@ -2,6 +2,7 @@
 
 import enum
 import functools
+import gc
 import math
 import random
 import sys
@@ -16,7 +17,7 @@ from programs import Calls, check, recognised
 from torch import nn
 
 import maml_ext
-from maml_ext import compiled
+from maml_ext import compiled, plan
 from maml_ext.fingerprint import Fingerprint
 from maml_ext.recognise import Unrecognised
 
@@ -313,6 +314,34 @@ def test_inside_of_torch_compile(seen_before):
         assert_same(gradients(calls(*batch), wanted), gradients(plain(*batch), wanted))
     if not compiled.library.ABSENT:
         assert maml.explain(batch.support_x, batch.support_y).engine == "cpu"
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("seen_before", [False, True])
+def test_other_modules_come_and_go_while_torch_compile_traces(backend, seen_before):
+    """What is kept of them is in dictionaries that a trace must not read: here whenever Python collects garbage, as
+    modules in cycles go then."""
+    maml = maml_ext.MAML(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), lr=0.1, backend=backend)
+    batch, others, kept = vectors(), [], (compiled._known, plan._plans)
+    expected = maml(*batch) if seen_before else None
+
+    def come_and_go(*_):
+        others.append(nn.Identity())
+        for of_modules in kept:
+            of_modules[others[-1]] = {}
+        if len(others) == 5:
+            others.clear()
+
+    torch._dynamo.reset()
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(come_and_go)
+    gc.set_threshold(50, 10**6, 10**6)  # the young alone, and often
+    try:
+        found = torch.compile(lambda *data: maml(*data), backend="eager")(*batch)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(come_and_go)
+    assert torch.equal(found, maml(*batch) if expected is None else expected)
 
 
 # The fingerprint itself.
