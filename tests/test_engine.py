@@ -423,6 +423,10 @@ def test_wrong_arguments_of_an_operator(change, message):
 def test_zero_tasks_nan_and_aliased_tensors():
     program, numbers, theta, x, y = problem()
     assert [r.shape[0] for r in score(program, numbers, theta, x[:0], y[:0])[:2]] == [0, 0]
+    tangents = torch.ops.maml_ext.score_tangent(
+        program, numbers, None, theta, x[:0], y[:0], None, None, None, y[:0], None, [1, 1, 0]
+    )
+    assert [t.shape[0] for t in tangents] == [0, 0, 0]
     assert all(math.isnan(v) for v in score(program, numbers, theta * math.nan, x, y)[0].tolist())
     same = torch.ops.maml_ext.meta(
         program, numbers, None, [theta], torch.full((1, 1), 0.1).double(), x, y, None, x, y, None, 1, False, True,

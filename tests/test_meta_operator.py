@@ -123,11 +123,26 @@ def test_wrong_parts_of_theta(change, message):
 
 
 def test_compiled_without_a_graph_break():
+    """All results; and of the loss, which alone has one, the gradient by each part."""
     program, numbers, theta, x, y = vectors()
     call = lambda *parts: meta(program, numbers, list(parts), x, y, wanted=[1, 0, 0, 0, 0, 0, 0])  # noqa: E731
+    compiled = lambda call: torch.compile(call, fullgraph=True, backend="aot_eager")  # noqa: E731
     parts = theta.split([12, 14])
-    found = torch.compile(call, fullgraph=True, backend="aot_eager")(*parts)
-    assert all(torch.equal(f, e) for f, e in zip(found, call(*parts), strict=True))
+    assert all(torch.equal(f, e) for f, e in zip(compiled(call)(*parts), call(*parts), strict=True))
+    parts = [p.clone().requires_grad_() for p in parts]
+    loss = lambda *parts: call(*parts)[0] * 2  # noqa: E731
+    found, expected = (torch.autograd.grad(f(*parts), parts) for f in (compiled(loss), loss))
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+def test_a_fake_refuses_what_the_operator_refuses():
+    """That of tensors on the meta device too, to which real ones beside them go."""
+    program, numbers, theta, x, y = vectors()
+    first, second = theta.split([12, 14])
+    with pytest.raises(RuntimeError, match="maml_ext::meta: expected tensors on one device, got .*'cpu', 'meta'"):
+        meta(program, numbers, [first, second.to("meta")], x, y)
+    with pytest.raises(RuntimeError, match="theta: expected a tensor at least"):
+        meta(program, numbers, [], x.to("meta"), y.to("meta"))
 
 
 def test_a_batch_of_calls_is_a_loop():
@@ -152,3 +167,16 @@ def test_cotangents_that_differ():
         assert torch.equal(found, 2 * to_lr) and found.any() == bool(tasks)
     with pytest.raises(RuntimeError, match="needs the same cotangent for every loss"):
         torch.autograd.grad(loss, lr, torch.arange(3.0, dtype=x.dtype))
+
+
+def test_a_gradient_that_was_not_wanted_is_not_none():
+    """It raises: nobody would see that the gradient is missing."""
+    program, numbers, theta, x, y = vectors()
+    x.requires_grad_()
+    for which in ([0] * 7, [0, 1, 0, 0, 0, 0, 0]):
+        loss, *_ = meta(program, numbers, [theta], x, y, wanted=which)
+        with pytest.raises(RuntimeError, match="needed that was not wanted"):
+            loss.backward()
+    loss, _, *found = meta(program, numbers, [theta], x, y, wanted=[0, 1, 0, 0, 1, 0, 0])
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert torch.equal(gradient, torch.cat(found, 1))

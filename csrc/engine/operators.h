@@ -158,19 +158,19 @@ struct Request {
     }
     if (parts.size() == 1 && (theta.dim() == 1 || count != net->parameters)) return;
     STD_TORCH_CHECK(count == net->parameters, "theta: expected ", net->parameters, " elements, got ", count);
-    if (!Device::kReadable && Device::kComputes) {
-      Tensors flat;
-      for (const Tensor& part : parts) flat.push_back(torch::stable::reshape(part, {-1}));
-      theta = call_torch("aten::cat", "", flat, int64_t(0));
-      return;
-    }
-    theta = torch::stable::new_empty(theta, {count});
     if constexpr (Device::kReadable) {
+      theta = torch::stable::new_empty(theta, {count});
       T* to = theta.template mutable_data_ptr<T>();
       for (const Tensor& part : parts) {
         const Tensor flat = part.is_contiguous() ? part : torch::stable::contiguous(part);
-        to = std::copy_n(flat.template const_data_ptr<T>(), part.numel(), to);
+        to = std::copy_n(flat.template const_data_ptr<T>(), flat.numel(), to);
       }
+    } else if constexpr (Device::kComputes) {
+      Tensors flat;
+      for (const Tensor& part : parts) flat.push_back(torch::stable::reshape(part, {-1}));
+      theta = call_torch("aten::cat", "", flat, int64_t(0));
+    } else {
+      theta = torch::stable::new_empty(theta, {count});  // which nobody reads
     }
   }
 
@@ -362,7 +362,7 @@ struct Operators {
       auto& data = r.call.query;
       r.problem(set, data);
       STD_TORCH_CHECK(!weight_t || weight, "weight_t: a direction of weights needs weights");
-      STD_TORCH_CHECK(!y_t || data.y, "y_t: labels have no direction");
+      STD_TORCH_CHECK(!y_t || r.net->loss.kind != e::kLabels, "y_t: labels have no direction");
       if (theta_t) r.call.theta_t = r.parameters("theta_t", *theta_t, r.call.shared_t);
       if (x_t) data.x_t = r.pointer("x_t", *x_t, x.numel());
       if (y_t) data.y_t = r.predictions("y_t", *y_t, data);

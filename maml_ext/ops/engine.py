@@ -20,7 +20,8 @@ in their order are the P that all tasks share. With ``reduce``, which is for sha
 the losses over tasks, ``[]``, and gradients of that mean, theta's ``[P]``; of no tasks that is NaN, and zeros. Without,
 losses and theta's gradient come a task each, and that of lr is of the losses' sum.
 
-They are differentiable as far as the list reaches and raise beyond; ``maml_ext.compiled`` goes on from there.
+They are differentiable as far as the list reaches (of ``meta`` the losses, by theta and what is wanted) and raise
+beyond; ``maml_ext.compiled`` goes on from there.
 """
 
 from __future__ import annotations
@@ -142,10 +143,17 @@ def _loop(name: str) -> Callable:
     return rule
 
 
-def _define(name: str, arguments: str, fake: Callable, rule: Callable, theta: str = "Tensor theta") -> None:
+def _define(name: str, arguments: str, shapes: Callable, rule: Callable, theta: str = "Tensor theta") -> None:
     def formula(*_):
         why = library.ABSENT or "all tensors must be on one such device"
         raise RuntimeError(f"maml_ext::{name} runs on CPU and CUDA tensors of the compiled package: {why}")
+
+    def fake(*given):
+        # Real tensors come here too where one of them is on the meta device: nobody would write their results.
+        devices = {t.device for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"maml_ext::{name}: expected tensors on one device, got {sorted(map(str, devices))}")
+        return shapes(*given)
 
     schema = f"({_PROGRAM}, {theta}, {arguments}) -> Tensor[]"
     library.define(
@@ -297,6 +305,8 @@ def _meta_fake(
     program, numbers, constants, theta, lr, support_x, support_y, support_weight, query_x, query_y, query_weight,
     steps, first_order, reduce, wanted,
 ):  # fmt: skip
+    if not theta:
+        raise RuntimeError("theta: expected a tensor at least")
     tasks = () if reduce else query_x.shape[:1]
     shared = _fakes([1, 1, wanted[0]], theta[0], tasks, (*tasks, program[1]), lr.shape)
     support = _data_fakes(wanted[1:4], theta[0], support_x, support_y, support_weight)
@@ -316,7 +326,10 @@ def _meta_rule(arguments, outputs, cotangents):
     if torch.is_grad_enabled() or any(c is not None for c in cotangents[1:]):
         _refuse("meta")(arguments, outputs, cotangents)
     theta, reduce, scale = arguments[3], arguments[13], cotangents[0]
-    _, to_theta, to_lr, *to_data = placed(meta_results(*arguments[4:]), outputs)
+    computed = meta_results(*arguments[4:])
+    if any(n and not c for n, c in zip(_needs(*arguments[4:11]), computed[2:], strict=True)):
+        raise RuntimeError("maml_ext::meta: a gradient is needed that was not wanted in the call")
+    _, to_theta, to_lr, *to_data = placed(computed, outputs)
     if to_lr is not None and not reduce and not (scale == scale[:1]).all():
         raise RuntimeError("maml_ext::meta: lr's gradient, a sum over tasks, needs the same cotangent for every loss")
     to_theta = scaled(scale, to_theta)
