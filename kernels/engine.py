@@ -458,18 +458,13 @@ def _kind(argument):
     return argument
 
 
-def _assembled(theta: Sequence[Tensor], parameters: int) -> Tensor:
-    """theta in one tensor, [P] or [T, P]."""
-    if len(theta) == 1 and theta[0].numel() != parameters:
-        return theta[0]
-    return torch.cat([part.reshape(-1) for part in theta])
-
-
 def run(name: str, checked, program: Sequence[int], numbers: Sequence[float], *arguments) -> list[Tensor]:
     """An operator by Triton kernels; ``checked`` is its ``checked_`` operator."""
     results = checked(program, numbers, *arguments)
     if name == "meta":
-        arguments = arguments[0], _assembled(arguments[1], program[1]), *arguments[2:]
+        constants, parts, *others = arguments
+        theta = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
+        arguments = constants, theta, *others
     theta, x = arguments[1], arguments[3 if name in ("adapt", "adjoint", "meta") else 2]
     if len(x) == 0:
         return results

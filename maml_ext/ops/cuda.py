@@ -65,10 +65,8 @@ def define(name: str, arguments: str, fake: Callable) -> None:
         return engine.run(name, getattr(operators, f"checked_{name}"), *arguments)
 
     def entry(program, numbers, constants, theta, *rest):
-        if isinstance(theta, list) and not theta:
-            raise RuntimeError("theta: expected a tensor at least")
-        like = theta[0] if isinstance(theta, list) else theta
-        fits = not misfit(program, numbers, like.element_size(), like.device.index)
+        like = rest[0]  # x or lr: of theta's dtype and device, or the engine refuses them
+        fits = like.is_cuda and not misfit(program, numbers, like.element_size(), like.device.index)
         operator = getattr(operators, f"cuda_{name}" if fits else f"triton_{name}")
         return operator(program, numbers, constants, theta, *rest)
 
