@@ -50,7 +50,7 @@ inline void check(const char* name, const Tensors& first, const Tensors& grad, c
     check_like("grad", grad[i], first[0], on_cuda, i);
     check_like("lr", lr[i], first[0], on_cuda, i);
     const auto shape = grad[i].sizes(), rates = lr[i].sizes();
-    STD_TORCH_CHECK(first[i].sizes() == shape, "grad: expected shapes like ", name, ", not so at ", i);
+    STD_TORCH_CHECK(first[i].sizes().equals(shape), "grad: expected shapes like ", name, ", not so at ", i);
     STD_TORCH_CHECK(sizes.empty() || (!shape.empty() && shape.back() == total),
                     "sizes: expected a sum of the last dimension of tensor ", i, ", got ", total);
     STD_TORCH_CHECK(per_tensor(lr[i], grad[i], sizes) ||
