@@ -40,8 +40,8 @@ test: install
 # the CUDA kernels, on the CPU). torch and Python free nothing at exit (leaks), and the engine asks for memory that may
 # not be there (null).
 SANITIZED := out/sanitize
-SANITIZE_TESTS := tests/test_engine.py tests/test_convolutions.py tests/test_engine_fuzz.py tests/test_sgd_update.py \
-	tests/test_cuda_engine.py tests/test_cuda_fuzz.py
+SANITIZE_TESTS := tests/test_engine.py tests/test_convolutions.py tests/test_engine_fuzz.py tests/test_meta_operator.py \
+	tests/test_sgd_update.py tests/test_cuda_engine.py tests/test_cuda_fuzz.py
 sanitize: install
 	mkdir -p $(SANITIZED)
 	MAML_EXT_SANITIZE=1 MAML_EXT_BUILD=cpu CXX=g++ $(PY) setup.py --quiet build --build-base $(SANITIZED) \
