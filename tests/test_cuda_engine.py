@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Batch, relative_error, require_grad, weighted_sum
 from test_engine import LOSSES, Wrapped, assert_close, float32_errors, mlp, results
-from test_meta_operator import check_means, check_parts
+from test_meta_operator import check_means, check_parts, check_support_to_first_order
 from torch import nn
 
 import maml_ext
@@ -304,6 +304,10 @@ def test_means_over_tasks():
 
 def test_theta_in_parts():
     check_parts(torch.ops.maml_ext_emulated.meta)
+
+
+def test_the_support_set_has_no_gradient_to_first_order():
+    check_support_to_first_order(torch.ops.maml_ext_emulated.meta)
 
 
 def test_zero_tasks_and_no_layers():

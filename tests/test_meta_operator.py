@@ -7,6 +7,7 @@ from torch import nn
 
 from maml_ext import recognise
 from maml_ext.ops import library
+from maml_ext.program import ABSENT, LossKind
 from maml_ext.stateless import Layout
 
 pytestmark = pytest.mark.skipif(library.ABSENT is not None, reason="needs the compiled engine")
@@ -49,6 +50,10 @@ def test_means_over_tasks():
     check_means(torch.ops.maml_ext.meta)
 
 
+def test_the_support_set_has_no_gradient_to_first_order():
+    check_support_to_first_order(torch.ops.maml_ext.meta)
+
+
 def test_what_is_not_wanted_is_not_returned():
     """And neither is what has no gradient: weights of the support set are not given here."""
     arguments = vectors()
@@ -58,6 +63,16 @@ def test_what_is_not_wanted_is_not_returned():
         present = [w for i, w in enumerate(which) if i != 3]
         expected = [e for e, p in zip(everything, present, strict=True) if p]
         assert all(relative_error(f, e) < 1e-12 for f, e in zip(found, expected, strict=True))
+
+
+def check_support_to_first_order(operator, device="cpu"):
+    """Its gradients are zeros, also where all labels are ignored and the loss divides 0 by 0."""
+    program, numbers, theta, x, _ = vectors(device)
+    program = [*program[:-4], LossKind.LABELS, 0, ABSENT, 0]
+    y, weight, lr = torch.zeros_like(x[..., 0], dtype=torch.int64), torch.ones_like(x[..., 0]), theta.new_ones(1, 1)
+    data, wanted = (x, y, weight, x, y + 1, None), [1, 1, 1, 1, 0, 0, 0]
+    loss, _, _, *found = operator(program, numbers, None, [theta], lr, *data, 1, True, True, wanted)
+    assert loss.isfinite() and len(found) == 2 and not any(f.any() for f in found)
 
 
 def shapes_of(theta):

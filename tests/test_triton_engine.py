@@ -19,7 +19,7 @@ from test_cuda_engine import (
     check_losses,
 )
 from test_engine import LOSSES, NETWORKS, SMOOTH, assert_close, float32_errors, made, problem, results
-from test_meta_operator import check_means, check_parts
+from test_meta_operator import check_means, check_parts, check_support_to_first_order
 from torch import nn
 from triton_tools import Operators, device, needs_triton
 
@@ -244,6 +244,10 @@ def test_means_over_tasks():
 
 def test_theta_in_parts():
     check_parts(torch.ops.maml_ext.triton_meta, device)
+
+
+def test_the_support_set_has_no_gradient_to_first_order():
+    check_support_to_first_order(torch.ops.maml_ext.triton_meta, device)
 
 
 def test_no_layers_no_parameters_and_no_tasks():

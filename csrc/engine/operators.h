@@ -246,6 +246,8 @@ struct Request {
 
   Tensors run() {
     if (call.tasks == 0) return results;
+    // To first order gradients by the support set stay zeros, also where 0 times what an engine finds would be NaN.
+    if (call.first_order) call.support.to_x = call.support.to_y = call.support.to_weight = nullptr;
     if (Device::kReadable) {
       check_weights(call.support);
       check_weights(call.query);
