@@ -16,6 +16,7 @@ struct Cpu {
   static constexpr bool kComputes = true;
   static bool holds(const Tensor& t) { return t.is_cpu(); }
   static int64_t lanes(int64_t bytes) { return e::engine_for_this_machine().vector_bytes / bytes; }
+  static bool pairs(int64_t bytes) { return bytes == 4; }
 
   template <class T>
   static void run(const e::Call<T>& call, const Tensor&) {

@@ -14,6 +14,7 @@ struct Cuda {
   static constexpr bool kComputes = true;
   static bool holds(const Tensor& t) { return t.is_cuda(); }
   static int64_t lanes(int64_t) { return 1; }
+  static bool pairs(int64_t) { return false; }
 
   template <class T>
   static void run(const e::Call<T>& call, const Tensor& like) {

@@ -44,10 +44,12 @@ struct Builder {
   std::deque<std::vector<int64_t>> taps;
   std::deque<std::vector<Rows>> rows;
   std::unique_ptr<bool[]> needs_gradient, has_tangent;
+  std::shared_ptr<const Network> pairs;
 
   std::map<std::tuple<bool, int64_t>, int> slot_at;
 
-  int64_t round_up(int64_t n) const { return (n + network.lanes - 1) / network.lanes * network.lanes; }
+  int64_t whole_vectors(int64_t n) const { return (n + network.lanes - 1) / network.lanes * network.lanes; }
+  int64_t round_up(int64_t channels) const { return whole_vectors(channels * network.abreast); }
   int slot(int64_t reference, SlotKind kind, int64_t taps, int64_t inputs, int64_t outputs, int64_t groups,
            int64_t height, int64_t width, const char* what);
   void parse(const std::vector<int64_t>& program, const std::vector<double>& numbers);
@@ -59,6 +61,7 @@ struct Builder {
   void choose_algorithm(Layer& layer);
   void lay_out();
   void tabulate(Layer& layer);
+  bool gains_from_pairs() const;
   void finish();
 };
 

@@ -13,6 +13,7 @@ struct Anywhere {
   static constexpr bool kComputes = false;
   static bool holds(const Tensor& t) { return t.is_cuda() || t.is_cpu(); }
   static int64_t lanes(int64_t) { return 1; }
+  static bool pairs(int64_t) { return false; }
 
   template <class T>
   static void run(const e::Call<T>&, const Tensor&) {}

@@ -17,10 +17,10 @@ enum Activation : int {
 enum LossKind : int { kNoLoss = -1, kMse, kHuber, kLabels, kSoftLabels, kBinary };
 
 // A tensor of the network, channels last, one image a sample: position (y, x) of sample n starts at
-// n * image + origin + y * row + x * pitch. `pitch` is the number of channels rounded up to whole vectors, and
-// around each image is a halo of zeros as wide as the padding of the convolutions that read it: so no kernel has a
-// special case for a border or a remainder. (The input of convolutions alone is not rounded up: it is read scalar
-// by scalar.) What an activation puts out may have the place of its input.
+// n * image + origin + y * row + x * pitch. `pitch` is the number of channels (of all tasks abreast) rounded up to
+// whole vectors, and around each image is a halo of zeros as wide as the padding of the convolutions that read it: so no
+// kernel has a special case for a border or a remainder. (The input of convolutions alone is not rounded up: it is read
+// scalar by scalar.) What an activation puts out may have the place of its input.
 struct Value {
   int64_t c, h, w;
   int64_t pitch, row, image, origin;
@@ -42,7 +42,7 @@ struct Slot {
   int64_t height, width;                  // elements
   bool narrow;
   bool stepped;      // adapted, and one linear layer alone reads it: its gradient may go into the step at once
-  int64_t row;                            // elements of a row, before it is rounded up
+  int64_t row;                            // elements of a row of all tasks abreast, before it is rounded up
   int64_t at, extent;                     // in the engine's parameter vector
   int64_t transposed;                     // filter: where its transpose is, -1: nobody needs it
 };
@@ -103,6 +103,8 @@ struct Network {
   int64_t serial;                       // no two have the same
   int64_t parameters, constants;        // P and Q, as the caller has them
   int64_t lanes;
+  int64_t abreast;                      // tasks laid out side by side: channel k of the i-th is at k * abreast + i
+  const Network* pairs;                 // the same program laid out for two tasks abreast, null: it gains nothing
   int layers, values, slots;
   const Layer* layer;
   const Value* value;

@@ -3,6 +3,7 @@
 //   name                     of the device, in messages
 //   holds(tensor)            whether the tensor is there
 //   lanes(bytes)             for which vectors of numbers of so many bytes a program is laid out
+//   pairs(bytes)             whether two tasks of such numbers may go abreast
 //   kReadable                whether the host can look at data: only then labels and weights are checked
 //   kComputes                whether `run` writes results; they stay zeros where it does not
 //   run(call, like)          `like` is a tensor there, for the engine's own memory
@@ -81,7 +82,7 @@ struct Request {
   Request(e::Mode mode, const Ints& program, const Numbers& numbers, const Maybe& constants,
           const Tensor& theta, bool input_active)
       : theta(theta) {
-    net = e::network_of(program, numbers, Device::lanes(sizeof(T)), input_active);
+    net = e::network_of(program, numbers, Device::lanes(sizeof(T)), input_active, Device::pairs(sizeof(T)));
     call.net = net.get();
     call.mode = mode;
     call.tasks = -1;

@@ -284,22 +284,26 @@ void Builder::finish() {
   network.layers = int(layers.size()), network.values = int(values.size()), network.slots = int(slots.size());
   network.layer = layers.data(), network.value = values.data(), network.slot = slots.data();
   network.needs_gradient = needs_gradient.get(), network.has_tangent = has_tangent.get();
+  network.pairs = pairs.get();
 }
 
 namespace {
 
 std::shared_ptr<const Network> build(const std::vector<int64_t>& program, const std::vector<double>& numbers,
-                                     int64_t lanes, bool input_active) {
+                                     int64_t lanes, bool input_active, int64_t abreast, bool pairs) {
   auto builder = std::make_shared<Builder>();
   static std::atomic<int64_t> serial{0};
   builder->network.serial = ++serial;
   builder->network.lanes = lanes;
+  builder->network.abreast = abreast;
   builder->network.input_active = input_active;
   builder->parse(program, numbers);
   builder->keep_live();
   builder->fuse();
   builder->mark();
   builder->lay_out();
+  if (pairs && builder->gains_from_pairs())
+    builder->pairs = build(program, numbers, lanes, input_active, 2, false);
   builder->finish();
   return std::shared_ptr<const Network>(builder, &builder->network);
 }
@@ -308,24 +312,25 @@ struct Known {
   std::vector<int64_t> program;
   std::vector<double> numbers;
   int64_t lanes;
-  bool input_active;
+  bool input_active, pairs;
   std::shared_ptr<const Network> network;
 };
 
 }  // namespace
 
 std::shared_ptr<const Network> network_of(const std::vector<int64_t>& program, const std::vector<double>& numbers,
-                                          int64_t lanes, bool input_active) {
+                                          int64_t lanes, bool input_active, bool pairs) {
   static std::mutex mutex;
   static std::list<Known> known;  // the most recent first
   constexpr size_t kRemembered = 32;
   const std::lock_guard<std::mutex> lock(mutex);
   for (auto k = known.begin(); k != known.end(); ++k)
-    if (k->lanes == lanes && k->input_active == input_active && k->program == program && k->numbers == numbers) {
+    if (k->lanes == lanes && k->input_active == input_active && k->pairs == pairs && k->program == program &&
+        k->numbers == numbers) {
       known.splice(known.begin(), known, k);
       return known.front().network;
     }
-  known.push_front({program, numbers, lanes, input_active, build(program, numbers, lanes, input_active)});
+  known.push_front({program, numbers, lanes, input_active, pairs, build(program, numbers, lanes, input_active, 1, pairs)});
   if (known.size() > kRemembered) known.pop_back();
   return known.front().network;
 }

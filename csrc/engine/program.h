@@ -9,9 +9,10 @@
 
 namespace maml_ext::engine {
 
-// The network of `program` for vectors of `lanes`; throws std::runtime_error, naming what is wrong. The last few
-// are remembered, so that a call with a known program costs a comparison.
+// The network of `program` for vectors of `lanes`, with its `pairs` where these are wanted and worth while; throws
+// std::runtime_error, naming what is wrong. The last few are remembered, so that a call with a known program costs a
+// comparison.
 std::shared_ptr<const Network> network_of(const std::vector<int64_t>& program, const std::vector<double>& numbers,
-                                          int64_t lanes, bool input_active);
+                                          int64_t lanes, bool input_active, bool pairs = false);
 
 }  // namespace maml_ext::engine

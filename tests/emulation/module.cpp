@@ -16,6 +16,7 @@ struct Emulated {
   static constexpr bool kComputes = true;
   static bool holds(const Tensor& t) { return t.is_cpu(); }
   static int64_t lanes(int64_t) { return 1; }
+  static bool pairs(int64_t) { return false; }
   template <class T>
   static void run(const e::Call<T>& call, const Tensor& like) {
     cuda::run(call, like, available, nullptr);

@@ -27,6 +27,7 @@ namespace {
 #include "../../engine/losses.h"
 #include "loss.h"
 #include "task.h"
+#include "work.h"
 
 }  // namespace
 

@@ -6,8 +6,8 @@
 // where ^ is a gradient and ' a tangent. A filter is read once for each block of positions, the data once for each
 // block of channels.
 
-template <class T>
-struct Linear;  // linear.h: the same on vectors
+template <class T, int A>
+struct Linear;  // linear.h: the same on vectors, of A tasks abreast
 
 template <class T>
 struct Contract {
@@ -203,9 +203,16 @@ struct Contract {
     }
   }
 
+  // Calls f with the rules of linear layers, for as many tasks as are abreast.
+  template <class F>
+  static INLINE void linear(const Context<T>& c, F f) {
+    if constexpr (sizeof(T) == 4)
+      if (c.net.abreast == 2) return f(Linear<T, 2>());
+    f(Linear<T, 1>());
+  }
   // out (+)= bias + sum of terms
   static void to_output(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, const T* bias) {
-    if (l.linear) return Linear<T>::to_output(c, l, to, terms, count, bias);
+    if (l.linear) return linear(c, [&](auto rules) { rules.to_output(c, l, to, terms, count, bias); });
     if (l.winograd && count)
       return Winograd<T>::positions(c, c.out(l), to, c.in(l), c.in(l).c, terms, count, bias, false, l.top, l.left,
                                     false);
@@ -213,13 +220,14 @@ struct Contract {
   }
   // The gradients of the parameters: the filter's from the terms, the bias' from those that f holds.
   static void to_parameters(const Context<T>& c, const Layer& l, const Term* terms, int count, const Frame<T>& f) {
-    if (l.linear) return Linear<T>::to_parameters(c, l, terms, count, f.gradient(c.out(l)));
+    if (l.linear)
+      return linear(c, [&](auto rules) { rules.to_parameters(c, l, terms, count, f.gradient(c.out(l))); });
     if (T* to = c.gradient(l.weight))
       (l.winograd ? Winograd<T>::filter : filter)(c, l, to, terms, count, !l.writes_weight);
     if (T* to = c.gradient(l.bias)) bias(c, l, f, to);
   }
   static void to_input(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count) {
-    if (l.linear) return Linear<T>::to_input(c, l, to, terms, count);
+    if (l.linear) return linear(c, [&](auto rules) { rules.to_input(c, l, to, terms, count); });
     if (l.winograd)
       return Winograd<T>::positions(c, c.in(l), to, c.out(l), c.out(l).c, terms, count, nullptr, l.accumulate[0],
                                     2 - l.top, 2 - l.left, true);

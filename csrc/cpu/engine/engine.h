@@ -15,8 +15,8 @@ struct Machine {
   // the thread that calls the engine takes.
   void* (*take)(int64_t bytes, const int64_t (&key)[8]);
   void (*give)(void*);
-  // Called, where not null, with the seconds that a rule of a layer took.
-  void (*record)(int layer, int rule, double seconds);
+  // Called, where not null, with the seconds that a rule of a layer took, for so many tasks.
+  void (*record)(int layer, int rule, int64_t tasks, double seconds);
   double (*clock)();
 };
 
@@ -39,6 +39,7 @@ Machine this_machine(int threads, void (*split)(int64_t, int64_t, void*, void (*
 
 struct Profile {
   int layer, rule;       // the layer below 0: work beside layers (task.h)
+  int64_t tasks;
   double seconds;
   int kind;              // of the layer; below 0 as above
   double multiply_adds;  // what the rule needs, over all samples of the pass; 0 where it is no product

@@ -32,10 +32,10 @@ struct Parameters {
 // What a step does never depends on which it is, so results do not depend on the number of threads.
 struct Crew {
   void (*split)(int64_t count, int64_t grain, void* context, void (*run)(void*, int64_t, int64_t));  // null: alone
+  static constexpr int64_t kWorthwhile = 100000;  // multiply-adds: some microseconds
 
   template <class F>
   INLINE void each(int64_t count, int64_t work, F f) const {
-    constexpr int64_t kWorthwhile = 100000;  // multiply-adds: some microseconds
     if (split && count > 1 && count * work > kWorthwhile) {
       split(count, larger<int64_t>(1, kWorthwhile / 4 / larger<int64_t>(1, work)), &f,
             [](void* context, int64_t begin, int64_t end) {

@@ -25,8 +25,8 @@ INLINE Vec<T> gated(Vec<T> gate, Vec<T> v) {
   return gate <= Vec<T>{} ? Vec<T>{} : v;
 }
 
-// Rows [row, end), M at a time, of W vectors in registers.
-template <class T, int M, int W>
+// Rows [row, end), M at a time, of W vectors in registers. An element of A is the numbers of all `abreast` tasks.
+template <class T, int abreast, int M, int W>
 __attribute__((noinline)) void dense_rows(const Dense<T>& p, int64_t row, int64_t end, int64_t column) {
   const int64_t inner = p.inner, a_row = p.a_row, a_step = p.a_step, b_row = p.b_row;
   for (; row < end; row += M) {
@@ -36,12 +36,12 @@ __attribute__((noinline)) void dense_rows(const Dense<T>& p, int64_t row, int64_
 #pragma GCC unroll 2
       for (int64_t k = 0; k < inner; k++) {
         Vec<T> bs[W];
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int w = 0; w < W; w++) bs[w] = load<T>(b + w * kLanes<T>);
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
-          const Vec<T> as = splat<T>(a[m * a_row]);
-#pragma GCC unroll 4
+          const Vec<T> as = spread<T, abreast>(a + m * a_row);
+#pragma GCC unroll 5
           for (int w = 0; w < W; w++) sum[m][w] += as * bs[w];
         }
         a += a_step;
@@ -56,7 +56,7 @@ __attribute__((noinline)) void dense_rows(const Dense<T>& p, int64_t row, int64_
       const T* gate = (p.gate ? p.gate : p.c) + row * c_row + column;
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int w = 0; w < W; w++) {
           constexpr int L = kLanes<T>;
           store<T>(c + w * L, through(load<T>(from + w * L) + scale * sum[m][w], gate + w * L));
@@ -76,41 +76,43 @@ __attribute__((noinline)) void dense_rows(const Dense<T>& p, int64_t row, int64_
   }
 }
 
-template <class T, int W, int M = kBlockRows[W]>
+template <class T, int abreast, int W, int M = kBlockRows[W]>
 INLINE void dense_blocks(const Dense<T>& p, int64_t each, int64_t row, int64_t end, int64_t column) {
   if (each == M)
-    dense_rows<T, M, W>(p, row, end, column);
+    dense_rows<T, abreast, M, W>(p, row, end, column);
   else if constexpr (M > 1)
-    dense_blocks<T, W, M - 1>(p, each, row, end, column);
+    dense_blocks<T, abreast, W, M - 1>(p, each, row, end, column);
 }
 
 // Rows [row, end) in blocks of nearly equal size, as panel_product has them.
-template <class T, int W>
+template <class T, int abreast, int W>
 void dense_panel(const Dense<T>& p, int64_t row, int64_t end, int64_t column) {
   const uint32_t rows = end - row, blocks = (rows + kBlockRows[W] - 1) / kBlockRows[W], each = rows / blocks;
   const int64_t cut = row + int64_t(rows - each * blocks) * (each + 1);
-  if (cut > row) dense_blocks<T, W>(p, each + 1, row, cut, column);
-  if (cut < end) dense_blocks<T, W>(p, each, cut, end, column);
+  if (cut > row) dense_blocks<T, abreast, W>(p, each + 1, row, cut, column);
+  if (cut < end) dense_blocks<T, abreast, W>(p, each, cut, end, column);
 }
 
-template <class T>
+// For one task, or for A of them abreast: then a channel is A numbers wide.
+template <class T, int A>
 struct Linear {
   typedef typename Contract<T>::Term Term;
 
   // Rows [row, end) of vectors [first, first + width) of C.
   static void part(const Dense<T>& p, int64_t row, int64_t end, int64_t first, int64_t width) {
     switch (width) {
-      case 1: return dense_panel<T, 1>(p, row, end, first * kLanes<T>);
-      case 2: return dense_panel<T, 2>(p, row, end, first * kLanes<T>);
-      case 3: return dense_panel<T, 3>(p, row, end, first * kLanes<T>);
-      default: return dense_panel<T, 4>(p, row, end, first * kLanes<T>);
+      case 1: return dense_panel<T, A, 1>(p, row, end, first * kLanes<T>);
+      case 2: return dense_panel<T, A, 2>(p, row, end, first * kLanes<T>);
+      case 3: return dense_panel<T, A, 3>(p, row, end, first * kLanes<T>);
+      case 4: return dense_panel<T, A, 4>(p, row, end, first * kLanes<T>);
+      default: return dense_panel<T, A, kWidest>(p, row, end, first * kLanes<T>);
     }
   }
   // All of C, whose rows are `vectors` long.
   static void multiply(const Context<T>& c, const Dense<T>& p, int64_t vectors) {
     constexpr int64_t kRows = 48;
-    if (p.rows <= kRows && vectors <= 4) return part(p, 0, p.rows, 0, vectors);
-    const int64_t chunks = (p.rows + kRows - 1) / kRows, panels = (vectors + 3) / 4;
+    if (p.rows <= kRows && vectors <= kWidest) return part(p, 0, p.rows, 0, vectors);
+    const int64_t chunks = (p.rows + kRows - 1) / kRows, panels = (vectors + kWidest - 1) / kWidest;
     c.crew.each(chunks * panels, p.rows / chunks * vectors / panels * kLanes<T> * p.inner * p.terms, [&](int64_t i) {
       const int64_t chunk = i / panels, panel = i % panels, first = vectors * panel / panels;
       part(p, p.rows * chunk / chunks, p.rows * (chunk + 1) / chunks, first, vectors * (panel + 1) / panels - first);
@@ -123,7 +125,7 @@ struct Linear {
                       const T* gate) {
     constexpr int64_t kCache = 24 * 1024 / sizeof(T);  // elements of filter kept in L1, as in contract.h
     const int64_t vectors = result.pitch / kLanes<T>;
-    if (c.f.count > 2 * kBlockRows[4] && operand.c * smaller<int64_t>(vectors, 4) * kLanes<T> > kCache) {
+    if (A == 1 && c.f.count > 2 * kBlockRows[4] && operand.c * smaller<int64_t>(vectors, 4) * kLanes<T> > kCache) {
       Contract<T>::positions(c, group, rows, result, to, operand, operand.c, terms, count, bias, accumulate);
       if (gate)
         c.crew.each(c.f.count, result.pitch, [&](int64_t n) {
@@ -133,7 +135,7 @@ struct Linear {
       return;
     }
     Dense<T> p{to, result.image, accumulate ? to : bias, accumulate ? result.image : 0, 1,
-               c.f.count, operand.c, operand.image, 1, result.pitch, {}, count, gate};
+               c.f.count, operand.c, operand.image, A, result.pitch, {}, count, gate};
     for (int s = 0; s < count; s++) p.term[s] = {terms[s].data, terms[s].filter};
     multiply(c, p, vectors);
   }
@@ -143,14 +145,14 @@ struct Linear {
   static void narrow_forward(const Context<T>& c, const Layer& l, T* to, const Term* terms, int count, const T* bias) {
     constexpr int L = kLanes<T>;
     const Value &in = c.in(l), &out = c.out(l);
-    const int64_t last = (in.c - 1) / L * L;
+    const int64_t last = (in.c * A - 1) / L * L;
     typename Simd<T>::Int real;
-    for (int i = 0; i < L; i++) real[i] = last + i < in.c ? -1 : 0;
+    for (int i = 0; i < L; i++) real[i] = last + i < in.c * A ? -1 : 0;
     for (int64_t o = 0; o < out.c; o++)
-      for (int64_t n = 0; n < c.f.count; n += L) {
-        const int64_t samples = smaller<int64_t>(L, c.f.count - n);
-        Vec<T> sum[L];
-        for (int i = 0; i < L; i++) {
+      for (int64_t n = 0; n < c.f.count; n += L / A) {
+        const int64_t samples = smaller<int64_t>(L / A, c.f.count - n);
+        Vec<T> sum[L / A];
+        for (int i = 0; i < L / A; i++) {
           sum[i] = Vec<T>{};
           if (i < samples)
             for (int s = 0; s < count; s++) {
@@ -161,8 +163,9 @@ struct Linear {
             }
         }
         T total[L];
-        store<T>(total, splat<T>(bias ? bias[o] : 0) + sums_of_lanes<T>(sum));
-        for (int i = 0; i < samples; i++) to[(n + i) * out.image + o] = total[i];
+        store<T>(total, spread<T, A>(bias ? bias + o * A : kZeros<T>) + sums_of_lanes<T, A>(sum));
+        for (int i = 0; i < samples; i++)
+          __builtin_memcpy(to + (n + i) * out.image + o * A, total + i * A, A * sizeof(T));
       }
   }
 
@@ -197,7 +200,7 @@ struct Linear {
           Vec<T> total{};
           for (int s = 0; s < count; s++) {
             const T *a = terms[s].data + r * a_row, *b = terms[s].filter + k;
-            total += over_samples(c.f.count, [&](int64_t n) ALWAYS { return a[n * a_step] * load<T>(b + n * b_step); });
+            total += over_samples(c.f.count, [&](int64_t n) ALWAYS { return spread<T, A>(a + n * a_step) * load<T>(b + n * b_step); });
           }
           put<T>(sink, r * pitch + k, total);
         }
@@ -216,17 +219,17 @@ struct Linear {
       if (c.net.slot[l.weight].narrow) {
         Term turned[2] = {};
         for (int s = 0; s < count; s++) turned[s] = {terms[s].filter, terms[s].data};
-        gradient(c, sink, out.c, in.pitch / kLanes<T>, 1, out.image, in.image, turned, count);
+        gradient(c, sink, out.c, in.pitch / kLanes<T>, A, out.image, in.image, turned, count);
         // Or the padding, which data may fill, would count in the next forward pass.
         for (int64_t o = 0; o < out.c; o++)
-          for (int64_t k = in.c; k < in.pitch; k++) sink.to[o * in.pitch + k] = 0;
+          for (int64_t k = in.c * A; k < in.pitch; k++) sink.to[o * in.pitch + k] = 0;
       } else {
-        gradient(c, sink, in.c, out.pitch / kLanes<T>, 1, in.image, out.image, terms, count);
+        gradient(c, sink, in.c, out.pitch / kLanes<T>, A, in.image, out.image, terms, count);
       }
     }
     if (const Sink<T> sink = c.sink(l.bias, l.writes_bias); sink.to) {
-      const T one = 1;
-      const Term term{&one, g};
+      const T ones[2] = {1, 1};
+      const Term term{ones, g};
       gradient(c, sink, 1, out.pitch / kLanes<T>, 0, 0, out.image, &term, 1);
     }
   }

@@ -17,7 +17,9 @@ template <class T, class D>
 struct LossRule {
   const Network& net;
   const Value& v;
-  Frame<T> f, t;               // t: where D is Dual
+  int64_t count;               // of samples
+  const T *value, *value_t;    // of sample 0; value_t: where D is Dual
+  T* gradient;                 // or its tangent
   Target<T> target, target_t;  // directions of y and weight, each null: 0
   T *to_y, *to_weight;         // their gradients (D double) or the tangents of those (Dual); null: not wanted
   double sign;                 // of what goes to them
@@ -40,10 +42,10 @@ struct LossRule {
     T* to_y;
   };
   INLINE Sample at(int64_t n) const {
-    const int64_t plane = v.h * v.w, first = original(n) * v.c * plane;
+    const int64_t plane = v.h * v.w, ours = n * v.image, theirs = original(n) * v.c * plane;
     auto offset = [](auto* from, int64_t by) { return from ? from + by : nullptr; };
-    return {f.value(v, n), dual ? t.value(v, n) : nullptr, (dual ? t : f).gradient(v, n), offset(target.y, first),
-            offset(target_t.y, first), offset(target.labels, original(n) * plane), offset(to_y, first)};
+    return {value + ours, dual ? value_t + ours : nullptr, gradient + ours, offset(target.y, theirs),
+            offset(target_t.y, theirs), offset(target.labels, original(n) * plane), offset(to_y, theirs)};
   }
   // Calls f(offset in the frame, position).
   template <class F>
@@ -56,6 +58,7 @@ struct LossRule {
   }
   INLINE void add(T* to, int64_t at, D g) const { to[at] += T(sign * result_of(g)); }
 
+  INLINE double weight_of_class(int64_t k) const { return class_weight ? double(class_weight[k * net.abreast]) : 1; }
   bool classes() const { return net.loss.kind == kLabels || net.loss.kind == kSoftLabels; }
 
   // z of a sample.
@@ -65,7 +68,7 @@ struct LossRule {
     double z = 0;
     const int64_t* labels = at(n).labels;
     for (int64_t i = 0; i < v.h * v.w; i++)
-      if (labels[i] != net.loss.ignore_index) z += class_weight ? double(class_weight[labels[i]]) : 1.0;
+      if (labels[i] != net.loss.ignore_index) z += weight_of_class(labels[i]);
     return z;
   }
 
@@ -78,7 +81,7 @@ struct LossRule {
     if constexpr (kind != kLabels) {
       const D both = scale * part;
       each_position([&](int64_t ours, int64_t theirs) {
-        for (int64_t k = 0; k < v.c; k++, ours++, theirs += plane) {
+        for (int64_t k = 0; k < v.c; k++, ours += net.abreast, theirs += plane) {
           const auto e = element_loss(kind, net.loss.parameter, number(s.value, s.value_t, ours),
                                       number(s.y, s.y_t, theirs));
           l = l + part * e.value;
@@ -91,15 +94,15 @@ struct LossRule {
     each_position([&](int64_t ours, int64_t theirs) {
       const int64_t right = s.labels ? s.labels[theirs] : -1;
       if (s.labels && right == net.loss.ignore_index) {
-        for (int64_t k = 0; k < v.c; k++) s.gradient[ours + k] = 0;
+        for (int64_t k = 0; k < v.c; k++) s.gradient[ours + k * net.abreast] = 0;
         return;
       }
       l = l + cross_entropy<double, D>(
                   v.c, right, net.loss.parameter, scale,
-                  [&](int64_t k) { return number(s.value, s.value_t, ours + k); },
+                  [&](int64_t k) { return number(s.value, s.value_t, ours + k * net.abreast); },
                   [&](int64_t k) { return number(s.y, s.y_t, theirs + k * plane); },
-                  [&](int64_t k) { return class_weight ? double(class_weight[k]) : 1.0; },
-                  [&](int64_t k, D g) { s.gradient[ours + k] = T(result_of(g)); },
+                  [&](int64_t k) { return weight_of_class(k); },
+                  [&](int64_t k, D g) { s.gradient[ours + k * net.abreast] = T(result_of(g)); },
                   [&](int64_t k, D g) {
                     if (s.to_y) add(s.to_y, theirs + k * plane, g);
                   });
@@ -118,21 +121,43 @@ struct LossRule {
       default: return all<kLabels>();
     }
   }
+  // Regression on vectors as it mostly is: all elements count alike, and the gradient by the prediction is all there is.
+  template <LossKind kind>
+  D elements() const {
+    const double part = 1.0 / (double(count) * v.c);
+    const int64_t step = net.abreast, image = v.image, channels = v.c;
+    const T *p = value, *p_t = value_t, *y = target.y, *y_t = target_t.y;
+    T* g = gradient;
+    D total(0);
+    for (int64_t n = 0; n < count; n++) {
+      for (int64_t k = 0; k < channels; k++) {
+        const auto e = element_loss(kind, net.loss.parameter, number(p, p_t, k * step), number(y, y_t, k));
+        total = total + e.value;
+        g[k * step] = T(part * result_of(e.by_prediction));
+      }
+      p += image, y += channels, g += image;
+      if (dual) p_t += image;
+      if (y_t) y_t += channels;
+    }
+    return D(part) * total;
+  }
   template <LossKind kind>
   D all() const {
+    if constexpr (kind != kLabels)
+      if (v.h * v.w == 1 && !target.weight && !to_y && !to_weight) return elements<kind>();
     D total(0), normaliser(0);
     if (kind != kLabels && !target.weight)
-      normaliser = D(f.count);
+      normaliser = D(count);
     else
-      for (int64_t n = 0; n < f.count; n++) normaliser = normaliser + weight(n) * D(share(n));
+      for (int64_t n = 0; n < count; n++) normaliser = normaliser + weight(n) * D(share(n));
     const D each = D(1) / normaliser, part(1.0 / (double(v.c) * v.h * v.w));
-    for (int64_t n = 0; n < f.count; n++) {
+    for (int64_t n = 0; n < count; n++) {
       const D scale = weight(n) * each, l = loss<kind>(at(n), scale, part);
       total = total + scale * l;
       if (to_weight) add(to_weight, original(n), l * each);
     }
     if (to_weight)
-      for (int64_t n = 0; n < f.count; n++) add(to_weight, original(n), D(0) - total * each * D(share(n)));
+      for (int64_t n = 0; n < count; n++) add(to_weight, original(n), D(0) - total * each * D(share(n)));
     return total;
   }
 };

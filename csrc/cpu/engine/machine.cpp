@@ -78,9 +78,9 @@ std::vector<Profile> profile;
 size_t settled = 0;  // of its entries
 std::atomic<bool> recording{false};
 
-void record(int layer, int rule, double seconds) {
+void record(int layer, int rule, int64_t tasks, double seconds) {
   const std::lock_guard<std::mutex> lock(mutex);
-  profile.push_back({layer, rule, seconds, layer, 0.0});
+  profile.push_back({layer, rule, tasks, seconds, layer, 0.0});
 }
 
 // Multiply-adds of a rule for one sample, by the products that contract.h lists.
@@ -137,9 +137,10 @@ void settle_profile(const Network& net, int64_t tasks, int64_t support, int64_t 
     Profile& p = profile[settled];
     if (p.layer < 0 || p.layer >= net.layers) continue;
     const Layer& l = net.layer[p.layer];
-    const bool of_query = !support || (p.rule < 2 && asked[2 * p.layer + p.rule]-- > 0);
+    const bool of_query = !support || (p.rule < 2 && asked[2 * p.layer + p.rule] > 0);
+    if (of_query && p.rule < 2) asked[2 * p.layer + p.rule] -= p.tasks;
     p.kind = l.kind;
-    p.multiply_adds = needed(net, l, p.rule) * double(of_query ? query : support);
+    p.multiply_adds = needed(net, l, p.rule) * double(p.tasks * (of_query ? query : support));
   }
 }
 

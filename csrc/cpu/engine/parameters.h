@@ -16,8 +16,9 @@ void transpose_exactly(const T* in, int64_t in_step, T* out, int64_t out_step, i
     }
 }
 
+// `ours` is where the numbers of one task begin.
 template <class T, bool to_engine, class Source, class Target>
-void convert(const Slot& s, Source* theirs, Target* ours) {
+void convert(const Slot& s, int64_t abreast, Source* theirs, Target* ours) {
   const int64_t pitch = padded<T>(s.row);
   auto move = [&](int64_t their, int64_t our) {
     if constexpr (to_engine)
@@ -27,8 +28,8 @@ void convert(const Slot& s, Source* theirs, Target* ours) {
   };
   if (s.narrow) {
     for (int64_t o = 0; o < s.outputs; o++)
-      for (int64_t i = 0; i < s.inputs; i++) move(o * s.inputs + i, o * pitch + i);
-  } else if (s.kind == kFilter && s.taps == 1 && s.groups == 1) {
+      for (int64_t i = 0; i < s.inputs; i++) move(o * s.inputs + i, o * pitch + i * abreast);
+  } else if (s.kind == kFilter && s.taps == 1 && s.groups == 1 && abreast == 1) {
     if constexpr (to_engine)
       transpose_exactly<T>(theirs, s.inputs, ours, pitch, s.outputs, s.inputs);
     else
@@ -41,22 +42,26 @@ void convert(const Slot& s, Source* theirs, Target* ours) {
     for (int64_t o = 0; o < s.outputs; o++)
       for (int64_t i = 0; i < inputs; i++)
         for (int64_t t = 0; t < s.taps; t++)
-          move((o * inputs + i) * s.taps + t, (t * s.inputs + o / outputs * inputs + i) * pitch + o);
+          move((o * inputs + i) * s.taps + t, (t * s.inputs + o / outputs * inputs + i) * pitch + o * abreast);
   } else {
     const int64_t positions = s.kind == kElements ? s.height * s.width : 1;
     for (int64_t p = 0; p < positions; p++)
-      for (int64_t k = 0; k < s.outputs; k++) move(k * positions + p, p * pitch + k);
+      for (int64_t k = 0; k < s.outputs; k++) move(k * positions + p, p * pitch + k * abreast);
   }
 }
+// The same for all tasks abreast; back, from the first of them.
 template <class T>
 void to_engine(const Network& net, bool fixed, const T* theirs, T* ours) {
   for (int i = 0; i < net.slots; i++)
-    if (net.slot[i].fixed == fixed) convert<T, true>(net.slot[i], theirs + net.slot[i].source, ours + net.slot[i].at);
+    if (net.slot[i].fixed == fixed)
+      for (int64_t which = 0; which < net.abreast; which++)
+        convert<T, true>(net.slot[i], net.abreast, theirs + net.slot[i].source, ours + net.slot[i].at + which);
 }
 template <class T>
 void from_engine(const Network& net, const T* ours, T* theirs) {
   for (int i = 0; i < net.slots; i++)
-    if (!net.slot[i].fixed) convert<T, false>(net.slot[i], theirs + net.slot[i].source, ours + net.slot[i].at);
+    if (!net.slot[i].fixed)
+      convert<T, false>(net.slot[i], net.abreast, theirs + net.slot[i].source, ours + net.slot[i].at);
 }
 
 // The filters transposed, for the gradients of inputs.
@@ -66,10 +71,18 @@ void transpose_filters(const Network& net, const Parameters<T>& p, T* out) {
     const Slot& s = net.slot[i];
     const T* filter = s.transposed < 0 ? nullptr : p.slot(s);
     if (!filter) continue;
-    const int64_t outputs = padded<T>(s.outputs), inputs = padded<T>(s.inputs);
-    for (int64_t t = 0; t < s.taps; t++)
-      transpose<T>(filter + t * s.inputs * outputs, outputs, out + s.transposed + t * s.outputs * inputs, inputs,
-                   s.inputs, s.outputs);
+    const int64_t outputs = padded<T>(s.outputs * net.abreast), inputs = padded<T>(s.inputs * net.abreast);
+    auto taps = [&](auto whole) {
+      typedef decltype(whole) U;
+      constexpr int64_t abreast = sizeof(U) / sizeof(T);
+      for (int64_t t = 0; t < s.taps; t++)
+        transpose<U>((const U*)(filter + t * s.inputs * outputs), outputs / abreast,
+                     (U*)(out + s.transposed + t * s.outputs * inputs), inputs / abreast, s.inputs, s.outputs);
+    };
+    if (net.abreast == 1)
+      taps(T());
+    else
+      taps(typename Whole<T, 2>::Type());
   }
 }
 

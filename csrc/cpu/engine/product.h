@@ -33,11 +33,11 @@ struct Product {
 
 // Rows of accumulators for each width, such that they, a row of B and one element of A fit the registers.
 #if MAML_VECTOR_BYTES == 64
-constexpr int kBlockRows[5] = {0, 12, 10, 8, 6};
+constexpr int kBlockRows[kWidest + 1] = {0, 12, 10, 8, 6, 5};
 #elif defined(__aarch64__)
-constexpr int kBlockRows[5] = {0, 8, 8, 6, 6};
+constexpr int kBlockRows[kWidest + 1] = {0, 8, 8, 6, 6};
 #else
-constexpr int kBlockRows[5] = {0, 6, 5, 3, 2};
+constexpr int kBlockRows[kWidest + 1] = {0, 6, 5, 3, 2};
 #endif
 
 template <class T, int M, int W>
@@ -145,27 +145,31 @@ INLINE void transpose_tile(Vec<T>* v) {
   }
 }
 
-// Of L vectors, the sum of the lanes of each: half as many vectors in each of log2(L) rounds.
-template <class T>
+// Of L vectors, the sum of the lanes of each: half as many vectors in each of log2(L) rounds. Where A tasks are abreast,
+// of L / A vectors for each of them.
+template <class T, int A = 1>
 INLINE Vec<T> sums_of_lanes(Vec<T>* v) {
-  constexpr int L = kLanes<T>;
-  const Interleaving<T> lanes = interleaving<T>();
+  typedef typename Whole<T, A>::Type U;  // its sums are of T
+  constexpr int L = kLanes<U>;
+  const Interleaving<U> lanes = interleaving<U>();
 #pragma GCC unroll 4
   for (int half = L / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
     for (int i = 0; i < half; i++)
-      v[i] = __builtin_shuffle(v[i], v[i + half], lanes.low) + __builtin_shuffle(v[i], v[i + half], lanes.high);
+      v[i] = (Vec<T>)__builtin_shuffle((Vec<U>)v[i], (Vec<U>)v[i + half], lanes.low) +
+             (Vec<T>)__builtin_shuffle((Vec<U>)v[i], (Vec<U>)v[i + half], lanes.high);
   return v[0];
 }
 
 // out[c][r] = in[r][c]. `rows` of `in` may be fewer than whole vectors; the columns of both are padded to those.
 template <class T>
 void transpose(const T* in, int64_t in_step, T* out, int64_t out_step, int64_t rows, int64_t columns) {
+  typedef T Moved __attribute__((may_alias));  // T may be two numbers in one
   constexpr int L = kLanes<T>;
   if (columns <= L / 4) {
     for (int64_t c = 0; c < columns; c++) {
-      for (int64_t r = 0; r < rows; r++) out[c * out_step + r] = in[r * in_step + c];
-      for (int64_t r = rows; r < out_step; r++) out[c * out_step + r] = 0;
+      for (int64_t r = 0; r < rows; r++) ((Moved*)out)[c * out_step + r] = ((const Moved*)in)[r * in_step + c];
+      for (int64_t r = rows; r < out_step; r++) ((Moved*)out)[c * out_step + r] = 0;
     }
     return;
   }

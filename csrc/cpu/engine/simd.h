@@ -50,13 +50,35 @@ template <class T>
 INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
+constexpr int kWidest = MAML_VECTOR_BYTES == 64 ? 5 : 4;  // vectors of a row that a product works on at a time
+
 // Where a sum may have no first term, it starts from these zeros: `start ? load(start) + v : v` must not be written.
 // GCC 12 makes a masked addition of it whose mask is the condition, one bit, so that only lane 0 is added.
 template <class T>
-alignas(MAML_VECTOR_BYTES) constexpr T kZeros[4 * kLanes<T>] = {};
+alignas(MAML_VECTOR_BYTES) constexpr T kZeros[kWidest * kLanes<T>] = {};
 template <class T>
 INLINE Vec<T> load_or_zero(const T* p) {
   return load<T>(p ? p : kZeros<T>);
+}
+// What moves as one where A tasks are abreast (Network::abreast): their numbers of one channel.
+template <class T, int A>
+struct Whole {
+  typedef T Type;
+};
+template <>
+struct Whole<float, 2> {
+  typedef double Type;
+};
+// In all lanes, again and again.
+template <class T, int A>
+INLINE Vec<T> spread(const T* p) {
+  if constexpr (A == 1) {
+    return splat<T>(*p);
+  } else {
+    int64_t numbers;
+    __builtin_memcpy(&numbers, p, sizeof numbers);
+    return (Vec<T>)(numbers - Simd<double>::Int{});
+  }
 }
 template <class T>
 INLINE T sum_of_lanes(Vec<T> v, int64_t lanes = kLanes<T>) {

@@ -12,6 +12,7 @@ struct Bump {
     used = (end + 63) / 64 * 64;
 #if defined(__SANITIZE_ADDRESS__)
     used += 64;  // what lies between two allocations may not be touched
+    if (base) __asan_unpoison_memory_region(result, count * int64_t(sizeof(T)));  // by who had the memory before
     if (base) __asan_poison_memory_region(base + end, used - end);
 #endif
     return result;
@@ -148,7 +149,7 @@ struct Task {
   INLINE void timed(int layer, int which, F f) const {
     const double start = machine.record ? machine.clock() : 0;
     f();
-    if (machine.record) machine.record(layer, which, machine.clock() - start);
+    if (machine.record) machine.record(layer, which, net.abreast, machine.clock() - start);
   }
   void rule(int which, int layer, const Context<T>& c) const {
     const Layer& l = net.layer[layer];
@@ -199,19 +200,30 @@ struct Task {
   const Value& last() const { return net.value[net.layers ? net.layer[net.layers - 1].out : 0]; }
   static int64_t size(const Value& v) { return v.c * v.h * v.w; }
 
+  // The losses of the tasks abreast, the first of which is t: to `to`, where it is not null.
   template <class D>
-  D loss(const Frame<T>& f, const Data<T>& data, int64_t t, bool compact, double sign) const {
-    const int64_t size_y = size(last()) * data.samples;
+  void loss(const Frame<T>& f, const Data<T>& data, int64_t t, bool compact, double sign, T* to) const {
+    timed(kLosing, is_dual<D> ? kTangentBackward : kBackward, [&] {
+      for (int64_t which = 0; which < net.abreast; which++) {
+        const D value = loss_rule<D>(f, data, t, which, compact, sign).run();
+        if (to) to[t + which] = T(value_of(value));
+      }
+    });
+  }
+  template <class D>
+  LossRule<T, D> loss_rule(const Frame<T>& f, const Data<T>& data, int64_t t, int64_t which, bool compact,
+                           double sign) const {
+    const Value& v = last();
+    const int64_t task = t + which, size_y = size(v) * data.samples;
     Target<T> directions{};
-    if (data.y_t) directions.y = data.y_t + t * size_y;
-    if (data.weight_t) directions.weight = data.weight_t + t * data.samples;
-    LossRule<T, D> rule{net, last(), f, tangent, target(data, t, compact), directions,
-                        data.to_y ? data.to_y + t * size_y : nullptr,
-                        data.to_weight ? data.to_weight + t * data.samples : nullptr, sign, class_weight};
-    rule.t.samples = f.samples, rule.t.count = f.count;
-    D value;
-    timed(kLosing, is_dual<D> ? kTangentBackward : kBackward, [&] { value = rule.run(); });
-    return value;
+    if (data.y_t) directions.y = data.y_t + task * size_y;
+    if (data.weight_t) directions.weight = data.weight_t + task * data.samples;
+    Frame<T> moving = tangent;
+    moving.samples = f.samples;
+    return {net, v, f.count, f.value(v) + which, is_dual<D> ? moving.value(v) + which : nullptr,
+            (is_dual<D> ? moving : f).gradient(v) + which, target(data, task, compact), directions,
+            data.to_y ? data.to_y + task * size_y : nullptr,
+            data.to_weight ? data.to_weight + task * data.samples : nullptr, sign, class_weight};
   }
 
   // Between a value of the frame and [N, C, H, W] of task t.
@@ -223,7 +235,7 @@ struct Task {
       for (int64_t k = 0; k < v.c; k++)
         for (int64_t y = 0; y < v.h; y++)
           for (int64_t x = 0; x < v.w; x++) {
-            T& value = ours[n * v.image + v.origin + y * v.row + x * v.pitch + k];
+            T& value = ours[n * v.image + v.origin + y * v.row + x * v.pitch + k * net.abreast];
             const int64_t theirs = at + (k * v.h + y) * v.w + x;
             if constexpr (load_it)
               value = from[theirs];
@@ -249,7 +261,8 @@ struct Task {
       f.count = count;
     }
     const Value& v = net.value[0];
-    exchange<true>(v, f.value(v) - v.origin, data.x, nullptr, t, data.samples, compact, f.count, 1);
+    for (int64_t which = 0; which < net.abreast; which++)
+      exchange<true>(v, f.value(v) - v.origin + which, data.x, nullptr, t + which, data.samples, compact, f.count, 1);
     return compact;
   }
 
@@ -276,7 +289,7 @@ struct Task {
     all(kForward, c);
     Data<T> silent = call.support;
     silent.to_y = silent.to_weight = nullptr;
-    loss<double>(f, silent, t, compact, 1);
+    loss<double>(f, silent, t, compact, 1, nullptr);
     all(kBackward, c);
   }
 
@@ -334,7 +347,7 @@ struct Task {
       Context<T> c = context(f, theta_at(k), transposed_at(k), along, hessian);
       c.step = {lambda, lambda, scale};
       tangent_pass(c);
-      loss<Dual<double>>(f, call.support, t, compact, scale);
+      loss<Dual<double>>(f, call.support, t, compact, scale, nullptr);
       all(kTangentBackward, c);
       rest_of_step(c.step, hessian);
       if (net.input_active)
@@ -420,8 +433,7 @@ struct Task {
       default: {
         Data<T> data = call.query;
         if (call.mode == kScoreTangent) data.to_y = data.to_weight = nullptr;
-        const double value = loss<double>(query, data, t, compact, 1);
-        if (call.loss) call.loss[t] = T(value);
+        loss<double>(query, data, t, compact, 1, call.loss);
       }
     }
     if (forward_only) return;
@@ -438,7 +450,7 @@ struct Task {
           for (int64_t i = 0; i < y.h; i++)
             for (int64_t j = 0; j < y.w * y.pitch; j++) c.t.gradient(y, n)[i * y.row + j] = 0;
       } else {
-        loss<Dual<double>>(query, call.query, t, compact, 1);
+        loss<Dual<double>>(query, call.query, t, compact, 1, nullptr);
       }
       all(kTangentBackward, c);
       store_theta_gradient(hessian, t);
@@ -459,134 +471,3 @@ struct Task {
       store_theta_gradient(lambda, t);
   }
 };
-
-// Frames are kept for all steps where they take less than this, in bytes for each task at work; else the adjoint
-// recursion computes values and gradients of a step once more.
-constexpr int64_t kKeepFrames = int64_t(96) << 20;
-// Tasks are not shared out where that would take more than this, but each is worked on by all threads.
-constexpr int64_t kSideBySide = int64_t(96) << 20;
-
-template <class T>
-Task<T> plan_task(const Call<T>& call, const Machine& machine, Crew crew, int64_t& bytes) {
-  Task<T> task{call, machine, *call.net, crew};
-  const int64_t frame = (2 * call.net->frame_sample + call.net->frame_saved_sample) * call.support.samples * sizeof(T);
-  const bool keeps = call.mode == kMeta && !call.first_order && call.steps <= kKeepFrames / larger<int64_t>(1, frame);
-  task.kept_frames = keeps ? call.steps : 0;
-  Bump count{nullptr, 0};
-  task.lay_out(count);
-  bytes = count.used;
-  return task;
-}
-
-// Tasks in groups, so that sums over tasks have an order that no number of threads changes; groups shared out over
-// workers, each with the memory of one task.
-template <class T>
-struct Work {
-  const Call<T>& call;
-  const Machine& machine;
-  Crew crew;
-  int64_t groups, workers;
-  int64_t extent, numbers;  // of the sums of a group: parameters, single rates
-  double* rate_sums;
-  T* theta_sums;
-  char* const* memory;
-
-  void group(Task<T>& task, int64_t g) const {
-    T* sums = theta_sums + g * extent;
-    double* to_rate = numbers ? rate_sums + g * numbers : nullptr;
-    T* rows = call.to_rates && call.per_parameter ? sums + (call.reduce ? call.net->adapted : 0) : nullptr;
-    const int64_t first = call.tasks * g / groups;
-    for (int64_t t = first; t < call.tasks * (g + 1) / groups; t++) {
-      task.run(t, call.reduce ? sums : nullptr, t == first, to_rate, rows);
-      // Two vectors that take turns do not keep it.
-      task.loaded = call.shared && (task.many_thetas() || call.steps < 2);
-    }
-  }
-
-  static void some(void* context, int64_t begin, int64_t end) {
-    const Work& w = *(const Work*)context;
-    for (int64_t worker = begin; worker < end; worker++) {
-      int64_t bytes = 0;
-      Task<T> task = plan_task<T>(w.call, w.machine, w.crew, bytes);
-      Bump memory{w.memory[worker], 0};
-      task.lay_out(memory);
-      task.begin();
-      for (int64_t g = w.first(worker); g < w.first(worker + 1); g++) {
-        w.group(task, g);
-        for (int64_t size = 2; (g + 1) % size == 0 && w.first(worker) <= g + 1 - size; size *= 2)
-          w.add(g + 1 - size, size);
-      }
-    }
-  }
-
-  // The sums of groups are added up as a tree: those of `size` groups, a power of two, from a multiple of it on, in two
-  // halves. What lies within the groups of a worker it adds while they are in its cache, the rest comes at the end.
-  int64_t first(int64_t worker) const { return groups * worker / workers; }
-  void add(int64_t begin, int64_t size) const {
-    const int64_t half = begin + size / 2;
-    T* to = theta_sums + begin * extent;
-    combine_parameters<T>(extent, to, to, theta_sums + half * extent, T(1), nullptr);
-    for (int64_t i = 0; i < numbers; i++) rate_sums[begin * numbers + i] += rate_sums[half * numbers + i];
-  }
-  void add_rest() const {
-    if (!extent && !numbers) return;
-    for (int64_t size = 2; size < 2 * groups; size *= 2)
-      for (int64_t begin = 0, worker = 0; begin + size / 2 < groups; begin += size) {
-        while (first(worker + 1) <= begin) worker++;
-        if (begin + size > first(worker + 1)) add(begin, size);
-      }
-  }
-};
-
-template <class T>
-void run(const Call<T>& call, const Machine& machine) {
-  const Network& net = *call.net;
-  int64_t bytes = 0;
-  const Task<T> planned = plan_task<T>(call, machine, {nullptr}, bytes);
-  const int64_t threads = machine.threads, tasks = call.tasks;
-  const bool side_by_side =
-      threads == 1 || ((tasks >= 4 * threads || tasks % threads == 0) && bytes * threads <= kSideBySide);
-  const int64_t adapted = call.reduce ? net.adapted : 0;
-  const bool rows = call.to_rates && call.per_parameter;
-  Work<T> work{call, machine, {side_by_side ? nullptr : machine.split}, tasks, 1};
-  work.extent = adapted + (rows ? call.rate_rows * net.adapted : 0);
-  work.numbers = call.to_rates && !rows ? call.rate_rows : 0;
-  constexpr int64_t kSums = int64_t(8) << 20;  // bytes
-  if (work.extent)
-    work.groups = smaller(tasks, larger<int64_t>(8, kSums / (work.extent * int64_t(sizeof(T)))));
-  work.workers = side_by_side ? smaller(threads, work.groups) : 1;
-
-  constexpr int64_t kWorkers = 1024;
-  char* memory[kWorkers];
-  work.workers = smaller(work.workers, kWorkers);
-  const int64_t key[8] = {net.serial, call.mode, call.support.samples, call.query.samples, call.steps,
-                          planned.kept_frames, rows ? call.rate_rows : call.per_parameter, planned.many_gradients()};
-  for (int64_t w = 0; w < work.workers; w++) memory[w] = (char*)machine.take(bytes, key);
-  const int64_t none[8] = {-1};
-  const int64_t numbers_bytes = (work.groups * work.numbers * int64_t(sizeof(double)) + 63) / 64 * 64;
-  char* sums = (char*)machine.take(numbers_bytes + work.groups * work.extent * int64_t(sizeof(T)), none);
-  work.memory = memory;
-  work.rate_sums = (double*)sums;
-  work.theta_sums = (T*)(sums + numbers_bytes);
-  for (int64_t i = 0; i < work.groups * work.numbers; i++) work.rate_sums[i] = 0;
-  if (rows)
-    for (int64_t i = 0; i < work.groups * work.extent; i++) work.theta_sums[i] = 0;
-
-  if (work.workers > 1)
-    machine.split(work.workers, 1, &work, &Work<T>::some);
-  else
-    Work<T>::some(&work, 0, 1);
-
-  work.add_rest();
-  auto unload = [&](const T* from, T* to) {
-    for (int64_t i = 0; i < net.parameters; i++) to[i] = 0;
-    from_engine<T>(net, from, to);
-  };
-  if (call.reduce) unload(work.theta_sums, call.to_theta);
-  for (int64_t i = 0; i < work.numbers; i++) call.to_rates[i] = T(work.rate_sums[i]);
-  if (rows)
-    for (int64_t r = 0; r < call.rate_rows; r++)
-      unload(work.theta_sums + adapted + r * net.adapted, call.to_rates + r * net.parameters);
-  machine.give(sums);
-  for (int64_t w = 0; w < work.workers; w++) machine.give(memory[w]);
-}
