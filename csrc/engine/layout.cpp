@@ -162,7 +162,7 @@ void Builder::lay_out() {
       network.frame_saved_sample += kHalves * 2 * pitch;
     } else if (l.kind == kNorm) {
       network.frame_saved_sample += 4 * round_up(l.groups) + 2 * pitch;
-    } else if (l.kind == kContract) {
+    } else if (l.kind == kContract && !l.linear) {
       network.frame_saved_sample += round_up(values[l.out].c);  // sums of the bias gradient
     }
     times(transposed, 1), times(network.frame_saved, 1), times(network.frame_saved_sample, 1);

@@ -74,12 +74,13 @@ struct Task {
   const Network& net;
   Crew crew;
   int64_t kept_frames;      // 0: the adjoint recursion computes values anew
+  bool kept_transposed;     // it does not transpose filters anew
   Frame<T> *frames;         // of the support set, one for each step; or one
   Frame<T> query, tangent;
   T *theta, *constants;     // theta_0 .. theta_K in a row (or two that take turns, where nobody looks back)
   T *gradients;             // of the last step, or of each where they are wanted later
   T *lambda, *direction, *hessian;
-  T *transposed, *transposed_direction;  // filters: of the last step, or of each where frames are kept
+  T *transposed, *transposed_direction;  // filters: of the last step, or of each (kept_transposed)
   T* scratch;                            // of whatever rule is at work
   T *rates;                 // per parameter: rows in the engine's layout
   int64_t *kept;            // the samples with a weight, where others are left out
@@ -95,7 +96,7 @@ struct Task {
   bool many_gradients() const { return call.to_rates && kept_frames; }
   T* theta_at(int64_t k) const { return theta + (many_thetas() ? k : k % 2) * net.adapted; }
   T* gradient_at(int64_t k) const { return gradients + (many_gradients() ? k : 0) * net.adapted; }
-  T* transposed_at(int64_t k) const { return transposed + (kept_frames ? k : 0) * net.transposed; }
+  T* transposed_at(int64_t k) const { return transposed + (kept_transposed ? k : 0) * net.transposed; }
   const Frame<T>& frame_at(int64_t k) const { return frames[kept_frames ? k : 0]; }
 
   // `once`: nothing is computed from the values after the gradients.
@@ -126,7 +127,7 @@ struct Task {
     lambda = m.take<T>(net.adapted);
     direction = m.take<T>(net.adapted);
     hessian = m.take<T>(net.adapted);
-    transposed = m.take<T>(net.transposed * larger<int64_t>(1, kept_frames));
+    transposed = m.take<T>(net.transposed * (kept_transposed ? kept_frames : 1));
     transposed_direction = m.take<T>(net.transposed);
     scratch = m.take<T>(net.scratch);
     rates = m.take<T>(call.per_parameter ? call.rate_rows * net.adapted : 0);
@@ -285,7 +286,7 @@ struct Task {
     const Frame<T>& f = frame_at(k);
     Context<T> c = context(f, theta_at(k), transposed_at(k), nullptr, gradients);
     c.step = step;
-    if (!(loaded && k == 0 && kept_frames)) transpose(c.p, transposed_at(k));
+    if (!(loaded && k == 0 && kept_transposed)) transpose(c.p, transposed_at(k));
     all(kForward, c);
     Data<T> silent = call.support;
     silent.to_y = silent.to_weight = nullptr;
@@ -346,6 +347,7 @@ struct Task {
       const T* along = call.per_parameter ? direction : lambda;
       Context<T> c = context(f, theta_at(k), transposed_at(k), along, hessian);
       c.step = {lambda, lambda, scale};
+      if (!anew && !kept_transposed) transpose(c.p, transposed_at(k));
       tangent_pass(c);
       loss<Dual<double>>(f, call.support, t, compact, scale, nullptr);
       all(kTangentBackward, c);

@@ -3,6 +3,9 @@
 // Frames are kept for all steps where they take less than this, in bytes for each task at work; else the adjoint
 // recursion computes values and gradients of a step once more.
 constexpr int64_t kKeepFrames = int64_t(96) << 20;
+// Transposed filters are kept too where all that is kept stays in the second cache; from further away they come no faster
+// than they are made.
+constexpr int64_t kKeepTransposed = int64_t(1) << 20;
 // Tasks are not shared out where that would take more than this, but each is worked on by all threads.
 constexpr int64_t kSideBySide = int64_t(96) << 20;
 // Fewer tasks than this do not go abreast: half as many pieces of work might leave threads without any.
@@ -14,6 +17,8 @@ Task<T> plan_task(const Call<T>& call, const Network& net, const Machine& machin
   const int64_t frame = (2 * net.frame_sample + net.frame_saved_sample) * call.support.samples * sizeof(T);
   const bool keeps = call.mode == kMeta && !call.first_order && call.steps <= kKeepFrames / larger<int64_t>(1, frame);
   task.kept_frames = keeps ? call.steps : 0;
+  const int64_t step = frame + (net.adapted + net.transposed) * int64_t(sizeof(T));
+  task.kept_transposed = keeps && call.steps && call.steps <= kKeepTransposed / step;
   Bump count{nullptr, 0};
   task.lay_out(count);
   bytes = count.used;
