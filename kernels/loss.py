@@ -66,7 +66,7 @@ def _term(p, y, DELTA: tl.constexpr, KIND: tl.constexpr):
     elif KIND == _HUBER:
         side = tl.where(difference[0] < 0, -1.0, tl.zeros_like(difference[0]) + 1.0)
         distance = scale(difference, side)
-        near = distance[0] < DELTA
+        near = (distance[0] < DELTA) | (distance[0] != distance[0])  # NaN too, and stays NaN
         square = scale(multiply(difference, difference), 0.5)
         slope = select(near, difference, (DELTA * side,))
         return select(near, square, scale(shift(distance, -0.5 * DELTA), DELTA)), slope, scale(slope, -1.0)

@@ -263,6 +263,20 @@ def test_losses(name, dense):
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_nan_prediction_makes_its_gradients_nan(name):
+    loss, module = LOSSES[name], nn.Linear(3, 2, dtype=torch.float64)
+    loss = loss.double() if isinstance(loss, nn.Module) else loss
+    theta = maml_ext.flatten(module).detach().repeat(2, 1).requires_grad_()
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
+    y = torch.zeros(2, 4, dtype=torch.long) if name == "labels" else torch.rand(2, 4, 2, dtype=torch.float64)
+    x[0, 1] = math.nan
+    value = maml_ext.task_loss(module, theta, x, y, loss=loss, backend="compiled")
+    (gradient,) = torch.autograd.grad(value.sum(), theta)
+    assert value.isnan().tolist() == [True, False]
+    assert gradient[0].isnan().all() and gradient[1].isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(), (4,), ("P",), (3, 1), (3, 4), (3, "P"), (5, 1)], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_rates(shape, reduction):

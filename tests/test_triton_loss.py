@@ -209,6 +209,17 @@ def test_a_sample_of_weight_0_is_left_out(kind, parameter):
     assert c.found(("value",))["value"][1].isnan().all()
 
 
+@all_kinds
+def test_nan_stays_nan(kind, parameter):
+    c = case(kind, SHAPES[1], parameter)
+    if c.labels is not None:
+        c.labels[0, 1] = 0
+    c.arguments["prediction"][0, 1] = float("nan")
+    found = c.found(("value", "prediction"))
+    assert found["value"][0].isnan().tolist() == [True, False]
+    assert found["prediction"][0][0, 1].isnan().all()
+
+
 def test_weights_of_0_have_gradients():
     c = case(LossKind.LABELS, SHAPES[2], 0.1)
     c.arguments["weight"][:, 0] = 0

@@ -12,7 +12,7 @@ INLINE ElementLoss<D> element_loss(LossKind kind, A delta, D p, D y) {
   switch (kind) {
     case kHuber: {
       const A side = value_of(d) < 0 ? -1 : 1;
-      const bool near = value_of(d) * side < delta;
+      const bool near = !(value_of(d) * side >= delta);  // NaN too, and stays NaN
       const D slope = near ? d : D(delta * side);
       return {near ? D(A(0.5)) * d * d : D(delta) * (D(side) * d - D(A(0.5) * delta)), slope, D(0) - slope};
     }
