@@ -39,7 +39,7 @@ void Builder::choose_algorithm(Layer& l) {
 
 void Builder::lay_out() {
   for (Slot& s : slots)
-    s.narrow = s.kind == kFilter && s.taps * s.groups == 1 && s.outputs * network.abreast <= network.lanes / 4;
+    s.narrow = s.kind == kFilter && s.taps * s.groups == 1 && s.outputs <= network.lanes / 4;
   for (const Layer& l : layers)
     if (l.kind == kContract) {
       const Value &in = values[l.in], &out = values[l.out];

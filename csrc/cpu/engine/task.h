@@ -137,10 +137,10 @@ struct Task {
 
   // What does not change from task to task.
   void begin() {
-    if (call.constants) to_engine<T>(net, true, call.constants, constants);
+    if (call.constants) to_engine<T>(net, *call.net, true, call.constants, constants);
     if (call.per_parameter)
       for (int64_t r = 0; r < call.rate_rows; r++)
-        to_engine<T>(net, false, call.rates + r * net.parameters, rates + r * net.adapted);
+        to_engine<T>(net, *call.net, false, call.rates + r * net.parameters, rates + r * net.adapted);
     for (int i = 0; i < 4 * net.layers; i++) rules[i] = Rules<T>::function(net.layer[i / 4], i % 4);
     loaded = false;
     class_weight = net.loss.class_weight < 0 ? nullptr : constants + net.slot[net.loss.class_weight].at;
@@ -268,7 +268,7 @@ struct Task {
   }
 
   void load_theta(T* to, const T* from, int64_t t, bool shared) const {
-    to_engine<T>(net, false, shared ? from : from + t * net.parameters, to);
+    to_engine<T>(net, *call.net, false, shared ? from : from + t * net.parameters, to);
   }
   T rate(int64_t k) const { return call.rates[call.rate_rows > 1 ? k : 0]; }
   const T* rate_row(int64_t k) const {
@@ -326,7 +326,7 @@ struct Task {
   }
 
   // lambda_K -> lambda_0, with the gradients of rates and of the support set on the way. `to_rates` is an
-  // accumulator of the caller: a number for each row, or a row in the engine's layout.
+  // accumulator of the caller: a number for each row, or a row in the engine's layout of one task.
   void recur(int64_t t, bool compact, double* to_rate, T* to_rate_rows) const {
     for (int64_t k = call.steps; k-- > 0;) {
       if (call.mode == kAdjoint) add_cotangent(k, t);
@@ -336,10 +336,7 @@ struct Task {
       if (anew) gradient_of_step(k, t, compact, call.to_rates ? gradient_at(k) : nullptr, {});
       const int64_t row = call.rate_rows > 1 ? k : 0;
       if (to_rate) to_rate[row] -= dot<T>(net, lambda, g);
-      if (to_rate_rows) {
-        T* sum = to_rate_rows + row * net.adapted;
-        for (int64_t i = 0; i < net.adapted; i++) sum[i] -= lambda[i] * g[i];
-      }
+      if (to_rate_rows) add_tasks<T>(net, *call.net, to_rate_rows + row * call.net->adapted, true, T(-1), lambda, g);
       if (call.first_order) continue;
       // lambda -= H (rates * lambda); a single rate is taken out of the product.
       const T scale = call.per_parameter ? T(-1) : -rate(k);
@@ -468,7 +465,7 @@ struct Task {
     if (support_compact) load_samples(frames[0], call.support, t);  // `kept` held the query's
     recur(t, support_compact, to_rate, to_rate_rows);
     if (sum)
-      update(sum, first ? nullptr : sum, lambda, T(1), nullptr);
+      timed(kUpdating, kForward, [&] { add_tasks<T>(net, *call.net, sum, !first, T(1), lambda, nullptr); });
     else
       store_theta_gradient(lambda, t);
   }
