@@ -32,7 +32,15 @@ struct Parameters {
 // What a step does never depends on which it is, so results do not depend on the number of threads.
 struct Crew {
   void (*split)(int64_t count, int64_t grain, void* context, void (*run)(void*, int64_t, int64_t));  // null: alone
+  int64_t threads;
   static constexpr int64_t kWorthwhile = 100000;  // multiply-adds: some microseconds
+
+  // Into how many pieces, at least `pieces` and at most `most`, to cut each of `groups`, so that threads get equally
+  // many. Only for what comes out the same however it is cut.
+  int64_t cut(int64_t pieces, int64_t most, int64_t groups = 1) const {
+    if (!split || pieces * groups % threads == 0) return pieces;
+    return larger(pieces, smaller(most, (pieces + threads - 1) / threads * threads));
+  }
 
   template <class F>
   INLINE void each(int64_t count, int64_t work, F f) const {

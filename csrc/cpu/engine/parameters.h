@@ -109,7 +109,7 @@ void add_tasks(const Network& net, const Network& one, T* sum, bool add, T scale
 
 // The filters transposed, for the gradients of inputs.
 template <class T>
-void transpose_filters(const Network& net, const Parameters<T>& p, T* out) {
+void transpose_filters(const Network& net, const Crew& crew, const Parameters<T>& p, T* out) {
   for (int i = 0; i < net.slots; i++) {
     const Slot& s = net.slot[i];
     const T* filter = s.transposed < 0 ? nullptr : p.slot(s);
@@ -118,9 +118,10 @@ void transpose_filters(const Network& net, const Parameters<T>& p, T* out) {
     auto taps = [&](auto whole) {
       typedef decltype(whole) U;
       constexpr int64_t abreast = sizeof(U) / sizeof(T);
-      for (int64_t t = 0; t < s.taps; t++)
+      crew.each(s.taps, 4 * s.inputs * s.outputs, [&](int64_t t) {
         transpose<U>((const U*)(filter + t * s.inputs * outputs), outputs / abreast,
                      (U*)(out + s.transposed + t * s.outputs * inputs), inputs / abreast, s.inputs, s.outputs);
+      });
     };
     if (net.abreast == 1)
       taps(T());

@@ -164,7 +164,7 @@ struct Task {
     });
   }
   void transpose(const Parameters<T>& p, T* to) const {
-    timed(kTransposing, kForward, [&] { transpose_filters<T>(net, p, to); });
+    timed(kTransposing, kForward, [&] { transpose_filters<T>(net, crew, p, to); });
   }
   void update(T* to, const T* base, const T* a, T scale, const T* rate) const {
     timed(kUpdating, kForward, [&] { combine_parameters<T>(net.adapted, to, base, a, scale, rate); });

@@ -18,6 +18,7 @@ struct Winograd {
   typedef Vec<T> V;
   static constexpr int64_t L = kLanes<T>;
   static constexpr int64_t kTiles = 120 / sizeof(T);  // of a block: 30 rows are 5 blocks of 6 in product.h, or 3 of 10
+  static constexpr int64_t kFewTiles = 5;             // of a block, at least, where threads share them
   static constexpr int64_t kChannels = 64;            // of a block, at most; more are taken in turns
   static constexpr int64_t kPlane = kTiles * kChannels + L;  // of a block at one point; no power of two
 
@@ -165,8 +166,9 @@ struct Winograd {
     const int64_t pitch = result.pitch, plane = channels * pitch + L;
     filters(c, terms, count, channels, pitch, flip, plane);
     const Grid grid(result, c.f.count);
-    const int64_t blocks = (grid.all + kTiles - 1) / kTiles, panels = (pitch + kChannels - 1) / kChannels;
-    const int64_t work = 16 * kTiles * channels * smaller(pitch, kChannels) * count;
+    const int64_t panels = (pitch + kChannels - 1) / kChannels;
+    const int64_t blocks = c.crew.cut((grid.all + kTiles - 1) / kTiles, grid.all / kFewTiles, panels);
+    const int64_t work = 16 * (grid.all / blocks) * channels * smaller(pitch, kChannels) * count;
     c.crew.each(blocks * panels, work, [&](int64_t i) {
       alignas(64) T data[16 * kPlane], sums[16 * kPlane];
       int32_t rows[kTiles];
@@ -198,14 +200,16 @@ struct Winograd {
     const int64_t pitch = out.pitch, plane = in.c * pitch + L;
     const Grid grid(out, c.f.count);
     const int64_t slices = larger<int64_t>(1, smaller(l.slices, grid.all / kWorth));
-    const int64_t chunks = (in.c + kChannels - 1) / kChannels, panels = (pitch + kChannels - 1) / kChannels;
-    const int64_t work = 16 * (grid.all / slices) * smaller(in.c, kChannels) * smaller(pitch, kChannels) * count;
+    const int64_t chunks = (in.c + kChannels - 1) / kChannels, vectors = pitch / L;
+    const int64_t panels = c.crew.cut((pitch + kChannels - 1) / kChannels, vectors / 2, slices * chunks);
+    const int64_t work = 16 * (grid.all / slices) * smaller(in.c, kChannels) * (pitch / panels) * count;
     c.crew.each(slices * chunks * panels, work, [&](int64_t i) {
       alignas(64) T data[16 * kPlane], gradient[16 * kPlane];
       int32_t rows[kChannels];
       for (int32_t r = 0; r < kChannels; r++) rows[r] = r;
-      const int64_t slice = i / panels / chunks, k = i / panels % chunks * kChannels, from = i % panels * kChannels;
-      const int64_t deep = smaller(kChannels, in.c - k), width = smaller(kChannels, pitch - from);
+      const int64_t slice = i / panels / chunks, k = i / panels % chunks * kChannels, panel = i % panels;
+      const int64_t from = vectors * panel / panels * L, width = vectors * (panel + 1) / panels * L - from;
+      const int64_t deep = smaller(kChannels, in.c - k);
       const int64_t last = grid.all * (slice + 1) / slices;
       Product<T> p;
       p.c = c.scratch + slice * 16 * plane + k * pitch + from, p.c_step = pitch;

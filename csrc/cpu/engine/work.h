@@ -136,16 +136,16 @@ void run(const Call<T>& call, const Machine& machine) {
     sums.groups = smaller(sums.groups, larger<int64_t>(8, kSums / (sums.extent * int64_t(sizeof(T)))));
   const Share<T> share{net, 0, call.tasks - odd, 0, sums.groups}, rest{*call.net, call.tasks - odd, odd, sums.groups, 1};
   sums.groups += odd;
-  Work<T> work{call, machine, {nullptr}, share, rest, sums, 1};
+  Work<T> work{call, machine, {}, share, rest, sums, 1};
   int64_t bytes = 0, rest_bytes = 0;
-  const Task<T> planned = plan_task<T>(call, net, machine, {nullptr}, bytes);
-  if (odd) plan_task<T>(call, *call.net, machine, {nullptr}, rest_bytes);
+  const Task<T> planned = plan_task<T>(call, net, machine, {}, bytes);
+  if (odd) plan_task<T>(call, *call.net, machine, {}, rest_bytes);
   const int64_t units = share.units(), samples = larger(call.support.samples, call.query.samples);
   const bool small = net.work <= Crew::kWorthwhile / 2 / larger<int64_t>(1, samples);  // no rule would be shared out
   if ((units >= 4 * threads || units % threads == 0 || small) && bytes * threads <= kSideBySide)
     work.workers = smaller(threads, share.groups);
   else if (threads > 1)
-    work.crew.split = machine.split;
+    work.crew = {machine.split, threads};
 
   constexpr int64_t kWorkers = 1024;
   char* memory[kWorkers];
