@@ -15,6 +15,7 @@ from test_engine import assert_close, image_head, results
 from test_engine import float32_errors as errors_of
 from torch import nn
 
+import maml_ext
 from maml_ext.ops import library
 
 pytestmark = pytest.mark.skipif(library.ABSENT is not None, reason="needs the compiled engine")
@@ -123,6 +124,39 @@ def test_the_same_bits_on_any_number_of_threads(name, tasks):
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+@pytest.mark.parametrize("by_rates", [False, True], ids=["one rate", "a rate a parameter"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_tasks_that_take_turns_in_front_of_the_query_set(reduction, by_rates):
+    """csrc/cpu/engine/work.h: of the query set's frames, 54 MB each, two would take more than there is for all tasks.
+
+    With three threads the last round has a task alone; another leaves samples out.
+    """
+    head = nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 32 * 32, 1)
+    module = nn.Sequential(*block(1, 8, bias=False), *head).double()
+    x, y, weight = torch.randn(4, 62, 1, 64, 64), torch.randn(4, 62, 1), torch.ones(4, 62)
+    weight[1, 1] = weight[2, 7:60] = 0
+    x, y, weight = x.double(), y.double(), weight.double()
+    lr = torch.full((sum(p.numel() for p in module.parameters()) if by_rates else 1,), 0.01, dtype=torch.float64)
+
+    def gradients(backend):
+        rate = lr.clone().requires_grad_(reduction == "mean")
+        maml = maml_ext.MAML(module, lr=rate, steps=2, backend=backend, reduction=reduction)
+        losses = maml(x[:, :2], (y[:, :2], weight[:, :2]), x[:, 2:], (y[:, 2:], weight[:, 2:]))
+        inputs = [*module.parameters(), *([rate] if rate.requires_grad else [])]
+        return [losses, *torch.autograd.grad(losses.sum(), inputs)]
+
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(gradients("compiled"))
+    finally:
+        torch.set_num_threads(threads)
+    assert_close(found[0], gradients("torch"))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2"])

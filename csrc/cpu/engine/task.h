@@ -87,6 +87,9 @@ struct Task {
   const T* class_weight;
   typename Rules<T>::Function* rules;    // four for each layer
   bool loaded;                           // a theta that tasks share is at theta_at(0) already, and transposed
+  bool left_out;                         // samples of the support set were, after `start`
+
+  static void* operator new(decltype(sizeof 0), void* at) { return at; }
 
   static bool recurs(Mode m) { return m == kAdjoint || m == kMeta; }
   static bool differentiates_twice(const Call<T>& c) {
@@ -110,7 +113,8 @@ struct Task {
     return f;
   }
 
-  void lay_out(Bump& m) {
+  // `asking`: where the frame of the query set lies, which tasks may share.
+  void lay_out(Bump& m, Bump& asking) {
     const int64_t support = call.support.samples, asked = call.query.samples;
     const bool twice = differentiates_twice(call);
     frames = m.take<Frame<T>>(larger<int64_t>(1, kept_frames));
@@ -119,13 +123,13 @@ struct Task {
         const Frame<T> f = frame(m, support, !twice);
         if (m.base) frames[k] = f;
       }
-    if (asked) query = frame(m, asked, call.mode == kMeta || !twice);
+    if (asked) query = frame(asking, asked, call.mode == kMeta || !twice);
     if (twice) tangent = frame(m, larger(call.mode == kMeta ? 0 : asked, support), true);
     theta = m.take<T>(net.adapted * (many_thetas() ? call.steps + 1 : 2));
     constants = m.take<T>(net.fixed);
     gradients = m.take<T>(net.adapted * (many_gradients() ? larger<int64_t>(1, call.steps) : 1));
     lambda = m.take<T>(net.adapted);
-    direction = m.take<T>(net.adapted);
+    direction = m.take<T>(!recurs(call.mode) || call.per_parameter ? net.adapted : 0);
     hessian = m.take<T>(net.adapted);
     transposed = m.take<T>(net.transposed * (kept_transposed ? kept_frames : 1));
     transposed_direction = m.take<T>(net.transposed);
@@ -393,26 +397,39 @@ struct Task {
 
   // The whole call for task t. `sum` collects lambda_0 over tasks where the call reduces, the first of which sets it.
   void run(int64_t t, T* sum, bool first, double* to_rate, T* to_rate_rows) {
-    const Value &x = net.value[0], &y = last();
-    if (!loaded) load_theta(theta_at(0), call.theta, t, call.shared);
-    const T* scored = theta_at(0);
-    if (call.mode == kAdapt) {
-      adapt(t);
-      return;
-    }
-    if (call.mode == kAdjoint) {
+    if (call.mode == kMeta || call.mode == kAdapt) {
+      start(t);
+      if (call.mode == kAdapt) return;
+      ask(t);
+      finish(t, sum, first, to_rate, to_rate_rows);
+    } else {
+      if (!loaded) load_theta(theta_at(0), call.theta, t, call.shared);
+      if (call.mode != kAdjoint) return ask(t);
       for (int64_t k = 1; k < call.steps; k++) load_theta(theta_at(k), call.trajectory[k - 1], t, false);
       for (int64_t i = 0; i < net.adapted; i++) lambda[i] = 0;
-      const bool compact = load_samples(frames[0], call.support, t);
-      recur(t, compact, to_rate, to_rate_rows);
+      recur(t, load_samples(frames[0], call.support, t), to_rate, to_rate_rows);
       store_theta_gradient(lambda, t);
-      return;
     }
-    bool support_compact = false;
-    if (call.mode == kMeta) {
-      support_compact = adapt(t);
-      scored = theta_at(call.steps);
-    }
+  }
+
+  // The single pass, in three parts: inner loop; query set; adjoint recursion.
+  void start(int64_t t) {
+    if (!loaded) load_theta(theta_at(0), call.theta, t, call.shared);
+    left_out = adapt(t);
+  }
+  void finish(int64_t t, T* sum, bool first, double* to_rate, T* to_rate_rows) const {
+    if (left_out) load_samples(frames[0], call.support, t);  // `kept` held the query's
+    recur(t, left_out, to_rate, to_rate_rows);
+    if (sum)
+      timed(kUpdating, kForward, [&] { add_tasks<T>(net, *call.net, sum, !first, T(1), lambda, nullptr); });
+    else
+      store_theta_gradient(lambda, t);
+  }
+
+  // What is asked of the network, or of the one that has adapted: predictions, the loss, derivatives.
+  void ask(int64_t t) {
+    const Value &x = net.value[0], &y = last();
+    const T* scored = theta_at(call.mode == kMeta ? call.steps : 0);
     const bool compact = load_samples(query, call.query, t);
     // The query's transposed filters take the place of the direction's, which come later.
     T* flipped = call.mode == kMeta ? transposed_direction : transposed;
@@ -458,15 +475,6 @@ struct Task {
       return;
     }
     if (net.input_active) give_back(x, query.gradient(x) - x.origin, call.query.to_x, t, call.query, query, compact, 1);
-    if (call.mode != kMeta) {
-      if (call.to_theta) store_theta_gradient(gradients, t);
-      return;
-    }
-    if (support_compact) load_samples(frames[0], call.support, t);  // `kept` held the query's
-    recur(t, support_compact, to_rate, to_rate_rows);
-    if (sum)
-      timed(kUpdating, kForward, [&] { add_tasks<T>(net, *call.net, sum, !first, T(1), lambda, nullptr); });
-    else
-      store_theta_gradient(lambda, t);
+    if (call.mode != kMeta && call.to_theta) store_theta_gradient(gradients, t);
   }
 };
