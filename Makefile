@@ -9,7 +9,7 @@ WORKERS ?= auto
 ARGS ?=
 
 PY := $(VENV)/bin/python
-PARALLEL := -n $(WORKERS) --maxprocesses=8
+PARALLEL := -n $(WORKERS) --maxprocesses=8 --dist loadgroup
 STAMP := $(VENV)/.installed-$(or $(MAML_EXT_BUILD),auto)
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 

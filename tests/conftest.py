@@ -42,6 +42,14 @@ def float64():
     torch.set_default_dtype(before)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The emulated kernels take a quarter of a minute to build: one process of the tests has them."""
+    for item in items:
+        if "emulated" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("emulated"))
+
+
 @pytest.fixture(scope="session")
 def emulated():
     """The CUDA kernels on the CPU: operators like those of maml_ext in torch.ops.maml_ext_emulated, and a module."""

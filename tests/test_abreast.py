@@ -183,9 +183,9 @@ def test_the_same_bits_on_any_number_of_threads():
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["base", "avx2"])
 def test_every_instruction_set(isa):
-    """Those that the machine lacks are replaced by the best it has."""
+    """Those that the machine lacks are replaced by the best it has; the best is what all other tests run on."""
     code = (
         "import sys; sys.path.insert(0, 'tests'); import torch, test_abreast as t\n"
         "print(*(t.passes(lambda: t.problem(name)) for name in t.NETWORKS))"

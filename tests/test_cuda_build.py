@@ -12,7 +12,10 @@ pytestmark = [
     pytest.mark.thorough,
     pytest.mark.skipif(NVCC is None, reason="there is no nvcc: set CUDA_HOME to have CUDA kernels compiled"),
 ]
-each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=short)
+each_architecture = pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, id=short(a), marks=pytest.mark.xdist_group(short(a))) for a in ARCHITECTURES],  # compiled once
+)
 
 
 @functools.cache

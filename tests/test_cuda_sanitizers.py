@@ -13,6 +13,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.thorough,
+    pytest.mark.xdist_group("mutants"),  # which builds once
     pytest.mark.skipif(bool(emulation.unavailable()), reason=emulation.unavailable() or "-"),
 ]
 

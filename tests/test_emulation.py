@@ -1,12 +1,13 @@
 """The emulation of CUDA on the CPU: it runs right kernels, and shows each of the bugs planted in them."""
 
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import emulation
 import pytest
 
 pytestmark = [
     pytest.mark.thorough,
+    pytest.mark.xdist_group("emulation"),  # which builds once
     pytest.mark.skipif(bool(emulation.unavailable()), reason=emulation.unavailable() or "-"),
 ]
 
@@ -41,23 +42,21 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def builds(tmp_path_factory):
-    """Futures of executables by bug and mode, compiled two at a time."""
+def run(tmp_path_factory):
+    """run(bug, mode, shuffles): of one build a mode, which has all bugs in it."""
     folder = tmp_path_factory.mktemp("emulation")
+    driver = emulation.HERE / "planted_driver.cpp"
 
-    def build(bug, mode):
-        output = folder / f"planted_{bug}_{mode}"
-        driver = emulation.HERE / "planted_driver.cpp"
-        return emulation.compile([driver], output, defines=[f"PLANTED={bug}"], sanitizer=mode, flags=["-Werror"])
+    @cache
+    def build(mode):
+        return emulation.compile([driver], folder / f"planted_{mode}", sanitizer=mode, flags=["-Werror"])
 
-    with ThreadPoolExecutor(2) as pool:
-        yield {(bug, mode): pool.submit(build, bug, mode) for bug, mode, *_ in CASES}
+    return lambda bug, mode, shuffles: emulation.run(["env", f"PLANTED={bug}", build(mode), shuffles], sanitizer=mode)
 
 
 @pytest.mark.parametrize("bug, mode, status, report", CASES)
-def test_planted(builds, bug, mode, status, report):
-    shuffles = 1 if mode == "thread" else 10  # races show in any order, in time
-    result = emulation.run([builds[bug, mode].result(), shuffles], sanitizer=mode)
+def test_planted(run, bug, mode, status, report):
+    result = run(bug, mode, 1 if mode == "thread" else 10)  # races show in any order, in time
     assert result.returncode == status, result.stdout
     assert all(part in result.stdout for part in report), result.stdout
     assert status or not result.stdout
@@ -68,8 +67,8 @@ def lines_with(text):
     return [number for number, line in enumerate(lines, 1) if text in line]
 
 
-def test_a_divergent_barrier_is_reported_with_both_lines(builds):
-    report = emulation.run([builds[DIVERGENT_BARRIER, PLAIN].result(), 0]).stdout
+def test_a_divergent_barrier_is_reported_with_both_lines(run):
+    report = run(DIVERGENT_BARRIER, PLAIN, 0).stdout
     (planted,) = lines_with("kBug == kDivergentBarrier")
     (loop,) = lines_with("for (int half = threads / 2")
     assert f"planted.cu:{planted}" in report and f"planted.cu:{loop + 5}" in report
@@ -83,8 +82,8 @@ def test_a_divergent_barrier_is_reported_with_both_lines(builds):
         (SHARED_RESULT, "thread", "kBug == kSharedResult"),
     ],
 )
-def test_a_sanitizer_names_the_line(builds, bug, mode, line):
-    report = emulation.run([builds[bug, mode].result(), 0], sanitizer=mode).stdout
+def test_a_sanitizer_names_the_line(run, bug, mode, line):
+    report = run(bug, mode, 0).stdout
     assert f"planted.cu:{lines_with(line)[0]}" in report
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import statistics
 import subprocess
 import sys
 
@@ -178,13 +179,13 @@ def test_meta_gradient(name, single, monkeypatch):
     assert max(relative_error(f, e) for f, e in zip(first_order[1:], expected[1:])) > 1e-6  # the orders differ
 
 
-def float32_errors(make, ways):
+def float32_errors(make, ways, seeds=5):
     """Of each way to compute float32 gradients, a function of (module, batch), the error against float64.
 
-    The median of five: where rounding tips a kink the other way, any may be far off. ``make`` is of a seed.
+    The median of some: where rounding tips a kink the other way, any may be far off. ``make`` is of a seed.
     """
     errors = [[] for _ in ways]
-    for seed in range(5):
+    for seed in range(seeds):
         module, batch = make(seed)
         module.float().double()
         batch = Batch(*(t.float().double() for t in batch))
@@ -194,7 +195,7 @@ def float32_errors(make, ways):
             gradients = torch.cat([g.flatten() for g in way(module, batch)[1:]])
             found.append(float(relative_error(gradients.cpu().double(), truth)))
     print([sorted(found) for found in errors])
-    return [sorted(found)[2] for found in errors]
+    return [statistics.median(found) for found in errors]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -373,9 +374,9 @@ def test_the_same_bits_on_any_number_of_threads(name, tasks):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other))
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["base", "avx2"])
 def test_every_instruction_set(isa):
-    """Those that the machine lacks are replaced by the best it has."""
+    """Those that the machine lacks are replaced by the best it has; the best is what all other tests run on."""
     code = (
         "import torch, maml_ext; from torch import nn; torch.manual_seed(0)\n"
         "head = nn.Flatten(), nn.Linear(45, 19), nn.ReLU(), nn.Linear(19, 1)\n"

@@ -46,6 +46,10 @@ def some(names, *shown):
     )
 
 
+# A large network takes the interpreter seconds: `test_meta_gradient` has it.
+FEW = [name for name in NETWORKS if name != "many features"]
+
+
 def small(name, dtype=torch.float64, tasks=2, support=2, query=2, seed=0):
     module, batch = made(name, dtype, tasks, support, query, seed)
     return module.to(device), Batch(*(t.to(device) for t in batch))
@@ -74,7 +78,7 @@ def test_meta_gradient(name):
     assert_close(found, expected)
 
 
-@some(NETWORKS, "batch norm 1d")
+@some(FEW, "batch norm 1d")
 def test_meta_gradient_in_two_passes(name, monkeypatch):
     two_passes(monkeypatch)
     module, batch = small(name)
@@ -82,7 +86,7 @@ def test_meta_gradient_in_two_passes(name, monkeypatch):
 
 
 @pytest.mark.parametrize("single", [True, False], ids=["single pass", "two passes"])
-@some(NETWORKS, "Tanh")
+@some(FEW, "Tanh")
 def test_first_order(name, single, monkeypatch):
     if not single:
         two_passes(monkeypatch)
@@ -93,10 +97,10 @@ def test_first_order(name, single, monkeypatch):
     assert max(relative_error(f, e) for f, e in zip(found[1:], exact[1:])) > 1e-6  # the orders differ
 
 
-@some(NETWORKS, "GELUnone")
+@some(FEW, "GELUnone")
 def test_float32_is_as_near_to_float64_as_eager_pytorch(name):
     backends = [lambda module, batch, b=b: results(module, batch, b, steps=1) for b in ("compiled", "torch")]
-    ours, eager = float32_errors(lambda seed: small(name, seed=seed), backends)
+    ours, eager = float32_errors(lambda seed: small(name, seed=seed), backends, seeds=3)
     assert ours < 2 * eager
 
 
@@ -116,7 +120,7 @@ def test_hvp(name):
 
 
 @pytest.mark.parametrize("tasks, support, query, steps", [(1, 1, 1, 1), (1, 3, 1, 0), (3, 1, 2, 2), (5, 2, 9, 1)])
-@some(NETWORKS, "Tanh")
+@some(FEW, "Tanh")
 def test_odd_sizes(name, tasks, support, query, steps):
     module, batch = small(name, torch.float64, tasks, support, query)
     batch = Batch(*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in batch))  # not contiguous

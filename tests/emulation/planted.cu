@@ -1,9 +1,8 @@
-// Small kernels to try the emulation on, with a bug where PLANTED says so. Rows of numbers in, a result for each out.
-#include "platform.h"
+// Small kernels to try the emulation on, with the bug that the environment variable PLANTED numbers. Rows of numbers
+// in, a result for each out.
+#include <cstdlib>
 
-#ifndef PLANTED
-#define PLANTED 0
-#endif
+#include "platform.h"
 
 namespace planted {
 
@@ -21,7 +20,7 @@ enum Bug : int {
   kDeadLock,          // half of a warp waits for the block, half for the warp
   kEarlyEnd,          // of threads, before a barrier
 };
-constexpr Bug kBug = Bug{PLANTED};
+const Bug kBug = Bug(std::getenv("PLANTED") ? std::atoi(std::getenv("PLANTED")) : 0);
 constexpr int kThreads = 64, kWarp = 32;
 
 // As large as the plans of real kernels, and like them passed by value.

@@ -106,7 +106,9 @@ const Engine& choose() {
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   if (avx512 && allowed("avx512")) return engine_avx512;
+#if !defined(__SANITIZE_ADDRESS__)
   if (avx2 && (allowed("avx2") || allowed("avx512"))) return engine_avx2;
+#endif
 #endif
   return engine_base;
 }
