@@ -17,7 +17,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 
 help:
 	@echo "make install | test | sanitize | demo | benchmark | doctor | wheel | clean      (ARGS='...' is passed on)"
-	@echo "make test ARGS='-m thorough'      (what compiles kernels many times over; '-m gpu': on a CUDA device)"
+	@echo "make test ARGS='-m thorough'      (what takes long, kernels compiled many times over; '-m gpu': on a CUDA device)"
 	@echo "make cuda-resources | cuda-check      (need nvcc, and no GPU)"
 	@echo "make triton-resources                 (needs triton, and no GPU)"
 

@@ -124,6 +124,7 @@ def test_a_child_past_its_limit_is_stopped():
         isolated.compile_time(contestant, TINY["tiny_mlp"], 1, torch.float32, limit_s=0.2)
 
 
+@pytest.mark.thorough
 def test_quick_run_leaves_a_table_a_json_and_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     run = subprocess.run(

@@ -146,6 +146,7 @@ def test_float32(seed):
     assert (ours - truth).norm() <= 10 * (eager - truth).norm() + 1e-5 * truth.norm()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("isa", ["base", "avx2"])
 def test_other_instruction_sets(isa):
     """This file's first cases again, with kernels that are not this machine's choice."""

@@ -476,10 +476,14 @@ int main(int count, char** arguments) {
     constexpr int64_t kMore = 50;  // than a launch takes
     for (const Case& c : cases()) {
       compare_orders<double>(c.name, shuffles, [&] { return run_all(c, Inputs<double>(c)); });
+#if !defined(DOUBLES_ALONE)
       compare_orders<float>(c.name, shuffles, [&] { return run_all(c, Inputs<float>(c)); });
+#endif
     }
     compare_orders<double>("", shuffles, [] { return run_sgd_update<double>(kMore); });
+#if !defined(DOUBLES_ALONE)
     compare_orders<float>("", shuffles, [] { return run_sgd_update<float>(kMore); });
+#endif
   } else if (what == "once") {
     for (const Case& c : cases()) check_sense(c.name, run_all(c, Inputs<double>(c)));
     check_sense("", run_sgd_update<double>(0));

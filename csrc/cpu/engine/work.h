@@ -219,17 +219,19 @@ void run(const Call<T>& call, const Machine& machine) {
       share.planned.crew = work.rest.planned.crew = {machine.split, threads};
   }
 
-  auto take = [&](const Share<T>& of, int64_t size) {
-    const int64_t key[8] = {of.planned.net.serial, call.mode, call.support.samples, call.query.samples, call.steps,
-                            share.planned.kept_frames, rows ? rows : call.per_parameter, share.planned.many_gradients()};
-    return (char*)machine.take(size, key);
+  enum Part { kAll, kWithoutQuery, kQuery };  // of what a task needs
+  auto take = [&](const Share<T>& of, Part part) {
+    const int64_t key[8] = {of.planned.net.serial, 8 * part + call.mode, call.support.samples, call.query.samples,
+                            call.steps, share.planned.kept_frames, rows ? rows : call.per_parameter,
+                            share.planned.many_gradients()};
+    return (char*)machine.take((part == kQuery ? 0 : of.bytes) + (part == kWithoutQuery ? 0 : of.asking), key);
   };
   char* memory[kMostWorkers];
   const int64_t places = larger(work.workers, work.turns);
-  for (int64_t w = 0; w < places; w++) memory[w] = take(share, share.bytes + (work.turns ? 0 : share.asking));
+  for (int64_t w = 0; w < places; w++) memory[w] = take(share, work.turns ? kWithoutQuery : kAll);
   work.memory = memory;
-  work.query_memory = work.turns ? take(share, share.asking) : nullptr;
-  work.rest_memory = odd ? take(work.rest, work.rest.bytes + work.rest.asking) : nullptr;
+  work.query_memory = work.turns ? take(share, kQuery) : nullptr;
+  work.rest_memory = odd ? take(work.rest, kAll) : nullptr;
   const int64_t none[8] = {-1};
   Bump count{nullptr, 0};
   work.sums.lay_out(count);
