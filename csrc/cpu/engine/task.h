@@ -97,6 +97,8 @@ struct Task {
   }
   bool many_thetas() const { return recurs(call.mode); }
   bool many_gradients() const { return call.to_rates && kept_frames; }
+  // Whether the next task finds theta_0 where it was. Two vectors that take turns do not keep it.
+  bool keeps_theta() const { return call.shared && (many_thetas() || call.steps < 2); }
   T* theta_at(int64_t k) const { return theta + (many_thetas() ? k : k % 2) * net.adapted; }
   T* gradient_at(int64_t k) const { return gradients + (many_gradients() ? k : 0) * net.adapted; }
   T* transposed_at(int64_t k) const { return transposed + (kept_transposed ? k : 0) * net.transposed; }
@@ -401,21 +403,22 @@ struct Task {
       start(t);
       if (call.mode == kAdapt) return;
       ask(t);
-      finish(t, sum, first, to_rate, to_rate_rows);
-    } else {
-      if (!loaded) load_theta(theta_at(0), call.theta, t, call.shared);
-      if (call.mode != kAdjoint) return ask(t);
-      for (int64_t k = 1; k < call.steps; k++) load_theta(theta_at(k), call.trajectory[k - 1], t, false);
-      for (int64_t i = 0; i < net.adapted; i++) lambda[i] = 0;
-      recur(t, load_samples(frames[0], call.support, t), to_rate, to_rate_rows);
-      store_theta_gradient(lambda, t);
+      return finish(t, sum, first, to_rate, to_rate_rows);
     }
+    if (!loaded) load_theta(theta_at(0), call.theta, t, call.shared);
+    loaded = keeps_theta();
+    if (call.mode != kAdjoint) return ask(t);
+    for (int64_t k = 1; k < call.steps; k++) load_theta(theta_at(k), call.trajectory[k - 1], t, false);
+    for (int64_t i = 0; i < net.adapted; i++) lambda[i] = 0;
+    recur(t, load_samples(frames[0], call.support, t), to_rate, to_rate_rows);
+    store_theta_gradient(lambda, t);
   }
 
   // The single pass, in three parts: inner loop; query set; adjoint recursion.
   void start(int64_t t) {
     if (!loaded) load_theta(theta_at(0), call.theta, t, call.shared);
     left_out = adapt(t);
+    loaded = keeps_theta();
   }
   void finish(int64_t t, T* sum, bool first, double* to_rate, T* to_rate_rows) const {
     if (left_out) load_samples(frames[0], call.support, t);  // `kept` held the query's

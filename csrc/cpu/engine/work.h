@@ -93,12 +93,9 @@ struct Share {
     Task<T>& task = *place_task(planned, memory, nullptr, bytes);
     for (int64_t g = begin; g < end; g++) {
       const int64_t from = units() * g / groups, to = units() * (g + 1) / groups, group = at + g;
-      for (int64_t u = from; u < to; u++) {
+      for (int64_t u = from; u < to; u++)
         task.run(first + u * task.net.abreast, sums.theta(group), u == from, sums.rate_numbers(group),
                  sums.rate_rows(group));
-        // Two vectors that take turns do not keep it.
-        task.loaded = task.call.shared && (task.many_thetas() || task.call.steps < 2);
-      }
       sums.add_last(at + begin, group + 1);
     }
   }
@@ -149,7 +146,6 @@ struct Work {
       for (int64_t i = begin; i < end; i++) {
         const int64_t t = r.first + i;
         r.tasks[i]->finish(t, r.sums.theta(t), true, r.sums.rate_numbers(t), r.sums.rate_rows(t));
-        r.tasks[i]->loaded = r.tasks[i]->call.shared;
       }
     }
   };
