@@ -6,7 +6,7 @@ task and one parameter tensor at a time, and uses nothing of maml_ext.
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import emulation
@@ -67,6 +67,20 @@ class Batch(NamedTuple):
     support_y: Tensor | tuple
     query_x: Tensor | tuple
     query_y: Tensor | tuple
+
+
+def on_any_number_of_threads(function: Callable[[], Sequence[Tensor]], counts: Sequence[int] = (1, 2, 3)):
+    """What ``function`` returns, which has to be the same bits on each of these numbers of threads."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in counts:
+            torch.set_num_threads(threads)
+            found.append(function())
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    return found[0]
 
 
 def map_tensors(function: Callable, tree):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Batch, relative_error
+from conftest import Batch, on_any_number_of_threads, relative_error
 from test_engine_fuzz import Problem, Writer, fuzz
 from torch import nn
 
@@ -173,14 +173,7 @@ def test_every_task_counts():
 
 def test_the_same_bits_on_any_number_of_threads():
     module, batch = problem("sinusoid", tasks=25)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3, 7):
-            torch.set_num_threads(n)
-            found.append(torch.cat(result(module, batch, "compiled")[0]))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    on_any_number_of_threads(lambda: result(module, batch, "compiled")[0], counts=(1, 2, 3, 7))
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2"])

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Batch, relative_error, require_grad
+from conftest import Batch, on_any_number_of_threads, relative_error, require_grad
 from test_engine import assert_close, image_head, results
 from test_engine import float32_errors as errors_of
 from torch import nn
@@ -115,21 +115,13 @@ def test_float32_is_as_near_to_float64_as_eager_pytorch(name):
 def test_the_same_bits_on_any_number_of_threads(name, tasks):
     module, batch = made(name, tasks, support=11, query=12)
     module, batch = module.float(), Batch(*(t.float() for t in batch))
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            found.append(results(module, batch, "compiled", steps=2))
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+    on_any_number_of_threads(lambda: results(module, batch, "compiled", steps=2))
 
 
 @pytest.mark.parametrize("by_rates", [False, True], ids=["one rate", "a rate a parameter"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_tasks_that_take_turns_in_front_of_the_query_set(reduction, by_rates):
-    """csrc/cpu/engine/work.h: of the query set's frames, 54 MB each, two would take more than there is for all tasks.
+    """csrc/cpu/engine/work.h: the query set's frame, 54 MB, is more than a thread has for its task.
 
     With three threads the last round has a task alone; another leaves samples out.
     """
@@ -147,16 +139,7 @@ def test_tasks_that_take_turns_in_front_of_the_query_set(reduction, by_rates):
         inputs = [*module.parameters(), *([rate] if rate.requires_grad else [])]
         return [losses, *torch.autograd.grad(losses.sum(), inputs)]
 
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            found.append(gradients("compiled"))
-    finally:
-        torch.set_num_threads(threads)
-    assert_close(found[0], gradients("torch"))
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    assert_close(on_any_number_of_threads(lambda: gradients("compiled")), gradients("torch"))
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2"])
