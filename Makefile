@@ -37,8 +37,8 @@ test: install
 	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 # The tests of the compiled part under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own (without the
-# engine for AVX2, which is of the same source; and of the CUDA kernels, on the CPU). torch and Python free nothing at exit (leaks), and the engine asks for memory that may
-# not be there (null).
+# engine for AVX2, which is of the same source; and of the CUDA kernels, on the CPU). torch and Python free nothing at
+# exit (leaks), and the engine asks for memory that may not be there (null).
 SANITIZED := out/sanitize
 SANITIZE_TESTS := tests/test_engine.py tests/test_convolutions.py tests/test_engine_fuzz.py tests/test_meta_operator.py \
 	tests/test_sgd_update.py tests/test_cuda_engine.py tests/test_cuda_fuzz.py
