@@ -342,6 +342,13 @@ void compare_orders(const std::string& case_name, int shuffles, const std::funct
   }
 }
 
+template <class T>
+void compare_all_orders(int shuffles) {
+  constexpr int64_t kMore = 50;  // than a launch takes
+  for (const Case& c : cases()) compare_orders<T>(c.name, shuffles, [&] { return run_all(c, Inputs<T>(c)); });
+  compare_orders<T>("", shuffles, [] { return run_sgd_update<T>(kMore); });
+}
+
 // Finite differences, along all directions that `move` names.
 
 using Move = std::function<void(Inputs<double>&, double by)>;
@@ -473,16 +480,9 @@ int main(int count, char** arguments) {
   const std::string what = count > 1 ? arguments[1] : "";
   if (what == "orders" && count == 3) {
     const int shuffles = std::atoi(arguments[2]);
-    constexpr int64_t kMore = 50;  // than a launch takes
-    for (const Case& c : cases()) {
-      compare_orders<double>(c.name, shuffles, [&] { return run_all(c, Inputs<double>(c)); });
+    compare_all_orders<double>(shuffles);
 #if !defined(DOUBLES_ALONE)
-      compare_orders<float>(c.name, shuffles, [&] { return run_all(c, Inputs<float>(c)); });
-#endif
-    }
-    compare_orders<double>("", shuffles, [] { return run_sgd_update<double>(kMore); });
-#if !defined(DOUBLES_ALONE)
-    compare_orders<float>("", shuffles, [] { return run_sgd_update<float>(kMore); });
+    compare_all_orders<float>(shuffles);
 #endif
   } else if (what == "once") {
     for (const Case& c : cases()) check_sense(c.name, run_all(c, Inputs<double>(c)));
